@@ -1,0 +1,177 @@
+"""Brings prompts onto the device and keeps count of where each is: the one place where a prefix is made.
+
+A prompt of input embeddings is compiled: one forward pass of its k vectors, alone in its batch, whose keys and values
+are then the prefix. Alone, because the bits of a prefix must be a function of prompt and backbone and of nothing that
+happened to share the batch; an evicted prefix that is compiled again is the same prefix. Trained keys and values are
+cast and used as they are.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from prompt_store.manifest import SoftPrompt
+from server.engine.backbone import Backbone
+from server.engine.config import EngineConfig
+from server.engine.isolation import Claim, check_plan
+from server.engine.kv import KeysValues, KvCache
+from server.engine.plan import PlanEntry, build_plan
+from server.engine.prefix import HostCache, LoadedPrompt, Prefix, PrefixCache, PromptLoader, Residency
+from server.engine.request import PromptRef
+from server.errors import IsolationError, NumericalError, PromptMismatchError, PromptmuxError
+from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixResidency:
+    """The three tiers together. The engine thread alone calls it, but for `residency_of`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        kv: KvCache,
+        config: EngineConfig,
+        metrics: Metrics,
+        *,
+        load_prompt: Callable[[PromptRef], SoftPrompt],
+        wake: Callable[[], None],
+        next_serial: Callable[[], int],
+    ) -> None:
+        self.device = PrefixCache(config.prefix_cache_bytes, metrics)
+        self.host = HostCache(config.host_prompt_bytes, metrics)
+        self.loader = PromptLoader(load_prompt, wake)
+        self._backbone = backbone
+        self._kv = kv
+        self._metrics = metrics
+        self._next_serial = next_serial
+        self._wanted: dict[str, PromptRef] = {}  # to be compiled, in the order in which rows asked
+        self._arrived: dict[str, SoftPrompt] = {}  # what the loader brought for rows that wait
+        self._asked_at_s: dict[str, float] = {}
+
+    def residency_of(self, key: str) -> Residency:
+        if key in self.device:
+            return "device"
+        return "host" if key in self.host else "store"
+
+    def prefetch(self, ref: PromptRef) -> None:
+        """Count where the prompt of a new row was found, and start bringing it if it was nowhere."""
+        on_device = ref.prefix_key in self.device
+        self._count(on_device, "device")
+        if not on_device:
+            on_host = ref.prefix_key in self.host
+            self._count(on_host, "host")
+            self._asked_at_s.setdefault(ref.prefix_key, time.monotonic())
+            if not on_host and ref.prefix_key not in self._arrived:
+                self.loader.request(ref)
+
+    def acquire(self, ref: PromptRef) -> Prefix | None:
+        """The row's prefix, or None: then it is on its way, and `poll` and `compile_wanted` bring it."""
+        prefix = self.device.acquire(ref.prefix_key)
+        if prefix is not None:
+            return prefix
+        prompt = self._arrived.get(ref.prefix_key) or self.host.get(ref.prefix_key)
+        if prompt is None:
+            self.loader.request(ref)
+        else:
+            self._arrived[ref.prefix_key] = prompt
+            self._wanted.setdefault(ref.prefix_key, ref)
+        return None
+
+    def poll(self) -> tuple[list[LoadedPrompt], list[LoadedPrompt]]:
+        """Take in what the loader brought. Returns what failed to load, and what was loaded for audits."""
+        failed, for_audit = [], []
+        for loaded in self.loader.poll():
+            if loaded.for_audit:
+                for_audit.append(loaded)
+            elif loaded.prompt is None:
+                self._asked_at_s.pop(loaded.ref.prefix_key, None)
+                failed.append(loaded)
+            else:
+                self.host.put(loaded.ref.prefix_key, loaded.prompt)
+                self._arrived[loaded.ref.prefix_key] = loaded.prompt
+                self._wanted.setdefault(loaded.ref.prefix_key, loaded.ref)
+        return failed, for_audit
+
+    @property
+    def num_wanted(self) -> int:
+        return len(self._wanted)
+
+    def compile_wanted(self, limit: int) -> list[tuple[PromptRef, PromptmuxError]]:
+        """Make up to `limit` of the prefixes that rows wait for. Returns those that cannot be made, with the reason."""
+        failed = []
+        for key, ref in list(self._wanted.items())[:limit]:
+            prompt = self._arrived[key]
+            try:
+                tensors = self.compile(ref, prompt)
+            except PromptmuxError as error:
+                failed.append((ref, error))
+                tensors = None
+            else:
+                if tensors is None:
+                    return failed  # no slot is free for it now; rows will end
+            del self._wanted[key], self._arrived[key]
+            asked_at_s = self._asked_at_s.pop(key, None)
+            if tensors is not None:
+                self.device.insert(ref, tensors)
+                if asked_at_s is not None:
+                    self._metrics.prompt_load_seconds.observe(time.monotonic() - asked_at_s)
+        return failed
+
+    def evict(self, key: str) -> None:
+        """Forget a deleted version in every tier."""
+        self.device.evict(key)
+        self.host.discard(key)
+        self._wanted.pop(key, None)
+        self._arrived.pop(key, None)
+
+    def compile(self, ref: PromptRef, prompt: SoftPrompt) -> KeysValues | None:
+        """The prompt's prefix, or None when no slot is free to compile it in.
+
+        Raises PromptMismatchError when its shape is not what the reference says, NumericalError when it comes out not
+        finite.
+        """
+        if prompt.kind != ref.kind or prompt.num_virtual_tokens != ref.num_virtual_tokens:
+            raise PromptMismatchError(
+                f"{ref.task}@{ref.version} was to have {ref.num_virtual_tokens} {ref.kind}, "
+                f"its file has {prompt.num_virtual_tokens} {prompt.kind}"
+            )
+        if prompt.kind == "prefix":
+            prefix = self._cast_prefix(prompt)
+        else:
+            compiled = self._compile_embeddings(prompt)
+            if compiled is None:
+                return None
+            prefix = compiled
+        if not all(bool(torch.isfinite(t).all()) for t in (*prefix.keys, *prefix.values)):
+            raise NumericalError(f"the prefix of {ref.task}@{ref.version} is not finite in {self._backbone.dtype_name}")
+        return prefix
+
+    def _cast_prefix(self, prompt: SoftPrompt) -> KeysValues:
+        stacked = torch.from_numpy(prompt.values).to(device=self._backbone.device, dtype=self._backbone.dtype)
+        return KeysValues(tuple(layer[0] for layer in stacked), tuple(layer[1] for layer in stacked))
+
+    def _compile_embeddings(self, prompt: SoftPrompt) -> KeysValues | None:
+        k = prompt.num_virtual_tokens
+        serial = self._next_serial()
+        slot = self._kv.allocate(serial, k)
+        if slot is None:
+            return None
+        try:
+            vectors = torch.from_numpy(np.ascontiguousarray(prompt.values)).to(self._backbone.device)
+            placeholders = [0] * k
+            plan, _ = build_plan([PlanEntry(slot, 0, placeholders, logits_from=k, vectors=vectors)])
+            claim = Claim(serial, slot, 0, placeholders, num_logits=0)
+            for violation in check_plan(plan, [claim], self._kv.ledger.slabs):
+                raise IsolationError(f"compiling a prompt: {violation.reason}")
+            self._backbone.forward(self._kv, plan)
+            return self._kv.copy_out(slot, k)
+        finally:
+            self._kv.free(slot, k)
+
+    def _count(self, hit: bool, tier: str) -> None:
+        counter = self._metrics.prompt_cache_hits_total if hit else self._metrics.prompt_cache_misses_total
+        counter.labels(tier=tier).inc()
