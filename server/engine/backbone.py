@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prompt_store.manifest import BackboneShape
+from prompt_store.manifest import BackboneShape, ServingDtype
 from server.engine.attention import ATTENTION_NAME, StepContext, attach_context
 from server.engine.fingerprint import fingerprint_folder
 from server.engine.forward import DenseForward, Forward, PackedForward, UnsupportedModelError, reference_logits
@@ -26,7 +26,11 @@ from server.engine.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[ServingDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 _STOCK_ATTENTION = "eager"
 
@@ -48,13 +52,14 @@ class Backbone:
         max_model_len: int | None = None,
     ) -> None:
         """Freeze `model` and put it through the gate. Raises BackboneError when it can be served in no way."""
-        self.model = model.eval().requires_grad_(False)
+        model.train(False)
+        self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self.hidden_size = int(model.get_input_embeddings().weight.shape[1])
+        self.hidden_size = _hidden_size(model)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.max_model_len = _context_length(model, max_model_len)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
@@ -93,8 +98,9 @@ class Backbone:
             )
         except (OSError, ValueError) as error:
             raise BackboneError(f"{source} could not be loaded: {error}") from error
+        torch.nn.Module.to(model, chosen_device)
         return cls(
-            model.to(chosen_device),
+            model,
             AutoTokenizer.from_pretrained(folder),
             name=name or folder.name,
             fingerprint=fingerprint_folder(folder, cache_dir),
@@ -102,8 +108,8 @@ class Backbone:
         )
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def dtype_name(self) -> ServingDtype:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     @property
     def device_name(self) -> str:
@@ -199,6 +205,11 @@ class Backbone:
         return None
 
 
+def _hidden_size(model: PreTrainedModel) -> int:
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[1])
+
+
 def _context_length(model: PreTrainedModel, wanted: int | None) -> int:
     config = model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
@@ -228,8 +239,11 @@ def _choose_device(device: str) -> torch.device:
 
 
 def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    for name, chosen in DTYPES.items():
+        if dtype == name:
+            return chosen
     if dtype != "auto":
-        return DTYPES[dtype]
+        raise BackboneError(f"unknown dtype {dtype!r}; known are auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32

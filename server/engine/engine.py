@@ -137,8 +137,8 @@ class Engine:
             k = row.prompt.num_virtual_tokens if row.prompt is not None else 0
             if k + len(row.token_ids) + row.sampling.max_tokens > limit:
                 raise ContextLengthExceededError(
-                    f"This model's maximum context length is {limit} tokens: {k} virtual, {len(row.token_ids)} prompt and "
-                    f"{row.sampling.max_tokens} new tokens are more."
+                    f"This model's maximum context length is {limit} tokens: {k} virtual, {len(row.token_ids)} prompt "
+                    f"and {row.sampling.max_tokens} new tokens are more."
                 )
         with self._lock:
             if self._failure is not None:

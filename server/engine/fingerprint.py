@@ -47,7 +47,7 @@ def _hash_weights(files: list[Path]) -> str:
     handles = {file: safe_open(file, framework="pt") for file in files}
     for name in sorted(where):
         with_file = handles[where[name]]
-        tensor = with_file.get_tensor(name).contiguous()
+        tensor: torch.Tensor = with_file.get_tensor(name)  # type: ignore[no-untyped-call]
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        digest.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()

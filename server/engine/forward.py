@@ -35,8 +35,8 @@ class UnsupportedModelError(RuntimeError):
 
 def embed(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
     """Input embeddings `[n, hidden_size]` of the token ids `[n]`, as the model itself looks them up."""
-    embeddings = model.get_input_embeddings()
-    return embeddings(token_ids)  # type: ignore[no-any-return]
+    embedded: torch.Tensor = model.get_input_embeddings()(token_ids)
+    return embedded
 
 
 class PackedForward:
@@ -73,15 +73,15 @@ class PackedForward:
         output = self._model(
             inputs_embeds=embeds.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, **kwargs
         )
-        logits = output.logits[0] if self._keeps_logits else output.logits[0][wanted]
-        return logits[: len(logits_tokens)]  # type: ignore[no-any-return]
+        logits: torch.Tensor = output.logits[0] if self._keeps_logits else output.logits[0][wanted]
+        return logits[: len(logits_tokens)]
 
     def _discover_layers(self) -> tuple[LayerShape, ...]:
         """Run a few tokens once and see which modules call the attention function, in which shapes."""
         device = self._model.device
         self._context.probe = []
         try:
-            ids = torch.arange(3, device=device) % self._model.get_input_embeddings().num_embeddings
+            ids = torch.zeros(3, dtype=torch.long, device=device)
             self._call(embed(self._model, ids), torch.arange(3, device=device), torch.tensor([2], device=device))
             layers = tuple(self._context.probe)
         finally:
@@ -139,14 +139,15 @@ class DenseForward:
             kwargs["position_ids"] = starts[:, None] + torch.arange(n, device=device)
         output = self._model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
         for layer in range(len(self.layers)):
-            new_keys = cache.layers[layer].keys[:, :, -n:]
-            new_values = cache.layers[layer].values[:, :, -n:]
+            keys, values = _cached(cache, layer)
+            new_keys, new_values = keys[:, :, -n:], values[:, :, -n:]
             for i, entry in enumerate(entries):
                 slab = kv.slabs[entry.slot.slab]
                 columns = slice(entry.start_column, entry.start_column + n)
                 slab.keys[layer][entry.slot.index, :, columns] = new_keys[i]
                 slab.values[layer][entry.slot.index, :, columns] = new_values[i]
-        return output.logits  # type: ignore[no-any-return]
+        logits: torch.Tensor = output.logits
+        return logits
 
     def _padded(
         self, kv: KvCache, entries: Sequence[PlanEntry], layer: int, past: int, heads: int, dim: int, which: str
@@ -164,17 +165,22 @@ class DenseForward:
         return embed(self._model, torch.tensor(list(entry.token_ids), device=self._model.device))
 
     def _discover_layers(self) -> tuple[LayerShape, ...]:
-        ids = torch.arange(3, device=self._model.device) % self._model.get_input_embeddings().num_embeddings
+        ids = torch.zeros(3, dtype=torch.long, device=self._model.device)
         cache = DynamicCache()
         try:
             self._model(inputs_embeds=embed(self._model, ids).unsqueeze(0), past_key_values=cache, use_cache=True)
-            return tuple(
-                LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers
-            )
+            cached = [_cached(cache, layer) for layer in range(len(cache.layers))]
+            return tuple(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in cached)
         except Exception as error:
             raise UnsupportedModelError(
                 f"the model keeps other state than keys and values a layer ({type(error).__name__}: {error})"
             ) from error
+
+
+def _cached(cache: DynamicCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's keys and values `[batch, kv_heads, length, dim]`."""
+    held: Any = cache.layers[layer]
+    return held.keys, held.values
 
 
 def reference_logits(
@@ -209,4 +215,5 @@ def reference_logits(
         output = model(inputs_embeds=embeds, past_key_values=cache, attention_mask=mask, use_cache=True, **kwargs)
     else:
         output = model(inputs_embeds=embeds, use_cache=False, **kwargs)
-    return output.logits[0, k:]  # type: ignore[no-any-return]
+    logits: torch.Tensor = output.logits[0, k:]
+    return logits

@@ -33,8 +33,8 @@ class StepResults:
         `packed` are the rows in the plan's order, `logits [L, vocab_size]` those of `plan.logits_tokens`.
         """
         indices_of: list[list[int]] = [[] for _ in packed]
-        for index, entry in enumerate(plan.logits_entries.tolist()):
-            indices_of[entry].append(index)
+        for position, entry in enumerate(plan.logits_entries.tolist()):
+            indices_of[entry].append(position)
         yielding: list[tuple[Row, int]] = []
         for item, indices in zip(packed, indices_of, strict=True):
             row, yields_token = item.row, item.yields_token
@@ -49,7 +49,7 @@ class StepResults:
             elif yields_token:
                 yielding.append((row, indices[-1]))
         if yielding:
-            index = torch.tensor([index for _, index in yielding], device=logits.device)
+            index = torch.tensor([last for _, last in yielding], device=logits.device)
             wanted = logits if len(index) == len(logits) else logits[index]
             sampled = sample(wanted, [self._sampler_row(row) for row, _ in yielding])
             for (row, _), result in zip(yielding, sampled, strict=True):
