@@ -111,6 +111,7 @@ class Engine:
         self._auditor = Auditor(backbone, config.audit_share, metrics)
         self._deliver: Deliver = lambda outputs: None
         self._outputs: list[RowOutput] = []
+        self._doomed: set[str] = set()  # prefix keys of deleted prompts
         self._steps_since_audit = 0
         self._heartbeat_s = time.monotonic()
         self._is_draining = False
@@ -158,8 +159,8 @@ class Engine:
         self._post(lambda: self._cancel_rows(ids))
 
     def evict(self, prefix_key: str) -> None:
-        """Forget a deleted prompt; rows that hold its prefix keep it to their end."""
-        self._post(lambda: self._prefixes.evict(prefix_key))
+        """Forget a deleted prompt, once the rows that were submitted with it have ended or hold its prefix."""
+        self._post(lambda: self._doomed.add(prefix_key))
 
     def pin(self, refs: Sequence[PromptRef]) -> None:
         """Keep exactly these prompts on the device, and bring those that are not there."""
@@ -203,6 +204,7 @@ class Engine:
         """
         self._heartbeat_s = time.monotonic()
         self._take_commands()
+        self._evict_doomed()
         self._take_prompts()
         worked = self._step()
         self._flush()
@@ -393,6 +395,13 @@ class Engine:
         for row in list(self._scheduler.waiting):
             if row.request.prompt is not None and row.request.prompt.prefix_key == ref.prefix_key:
                 self._end_row(row, error=error)
+
+    def _evict_doomed(self) -> None:
+        if self._doomed:
+            waiting = {r.request.prompt.prefix_key for r in self._scheduler.waiting if r.request.prompt is not None}
+            for key in self._doomed - waiting:
+                self._prefixes.evict(key)
+            self._doomed &= waiting
 
     def _pin(self, refs: Sequence[PromptRef]) -> None:
         self._prefixes.device.pin(frozenset(ref.prefix_key for ref in refs))

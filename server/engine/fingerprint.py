@@ -49,5 +49,5 @@ def _hash_weights(files: list[Path]) -> str:
         with_file = handles[where[name]]
         tensor: torch.Tensor = with_file.get_tensor(name)  # type: ignore[no-untyped-call]
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
