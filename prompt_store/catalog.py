@@ -1,0 +1,253 @@
+"""The catalog: which tasks and versions exist, which is active, and what was active before. SQL, and no files.
+
+Each public method is one transaction. Raises the store's errors only; a digest that nothing refers to any more is the
+caller's to collect.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import delete, func, or_, select
+
+from prompt_store import failpoints, rows
+from prompt_store.audit import append_audit
+from prompt_store.database import Database
+from prompt_store.errors import VersionActive
+from prompt_store.manifest import PromptVersion, StoreCounts, Task
+from prompt_store.models import ActivationRow, KeyRow, TaskRow, VersionRow
+from prompt_store.names import SHARED_TENANT, Reference
+from prompt_store.rows import Upload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A version together with what only the store needs to know of it."""
+
+    version: PromptVersion
+    config_digest: str
+
+
+class Catalog:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def find_settled(self, upload: Upload) -> PromptVersion | None:
+        """The version that makes `upload` need nothing more; None if it must be registered.
+
+        Raises VersionConflict when registering is bound to fail, before any byte is written.
+        """
+        with self._database.reading() as session:
+            task = rows.find_task(session, upload.tenant, upload.task)
+            return rows.settle(session, task, upload)
+
+    def register(self, upload: Upload) -> tuple[PromptVersion, bool, tuple[str, ...]]:
+        """The version, whether it is new, and digests that may be unreferenced now. Its blobs are durable already.
+
+        Raises VersionConflict when `expected_version` is not the active one or the name is retired.
+        """
+        stale: tuple[str, ...] = ()
+        with self._database.writing() as session:
+            task = rows.find_task(session, upload.tenant, upload.task, lock=True)
+            settled = rows.settle(session, task, upload)
+            if settled is not None:
+                return settled, False, ()
+            if task is None:
+                task = rows.add_task(session, upload)
+            row = rows.find_same_file(session, task, upload.checked)
+            created = row is None
+            if row is None:
+                row = rows.add_version(session, task, upload)
+            elif row.quarantined_at is not None:
+                # The same bytes came again and were stored soundly: the version is whole again.
+                stale = (row.config_digest,)
+                row.quarantined_at = None
+                row.config_digest, row.peft_type = upload.config_digest, upload.checked.peft_type
+            if upload.activate and task.active_version != row.version:
+                rows.activate(session, task, row.version)
+            rows.audit_version(
+                session,
+                "upload" if created else "upload_again",
+                task,
+                row,
+                upload.created_by,
+                {"active": task.active_version == row.version},
+            )
+            version = rows.to_version(task, row)
+            session.flush()
+            failpoints.hit(failpoints.UPLOAD_BEFORE_COMMIT)
+        return version, created, stale
+
+    def resolve(self, tenant: str, reference: Reference) -> PromptVersion | None:
+        """The version meant by `reference` in `tenant`, or in the shared tenant if `tenant` never had that name."""
+        with self._database.reading() as session:
+            task = rows.find_task(session, tenant, reference.task)
+            if task is None and tenant != SHARED_TENANT:
+                task = rows.find_task(session, SHARED_TENANT, reference.task)
+            if task is None or task.deleted_at is not None:
+                return None
+            query = select(VersionRow).where(VersionRow.task_id == task.id)
+            if reference.digest is not None:
+                # One file may be registered once for each of its tasks: the newest is meant.
+                query = query.where(VersionRow.digest == reference.digest).order_by(VersionRow.version.desc()).limit(1)
+            else:
+                wanted = task.active_version if reference.version is None else reference.version
+                query = query.where(VersionRow.version == wanted)
+            row = session.scalar(query)
+            return None if row is None else rows.to_version(task, row)
+
+    def get_stored(self, tenant: str, task: str, version: int) -> Stored:
+        """Raises TaskNotFound."""
+        with self._database.reading() as session:
+            task_row = rows.get_task(session, tenant, task)
+            row = rows.get_version(session, task_row, version)
+            return Stored(version=rows.to_version(task_row, row), config_digest=row.config_digest)
+
+    def get_task(self, tenant: str, task: str) -> Task:
+        """Raises TaskNotFound."""
+        with self._database.reading() as session:
+            return rows.to_task(session, rows.get_task(session, tenant, task))
+
+    def list_tasks(self, tenant: str, limit: int, after: str | None) -> list[Task]:
+        """Tasks by name; `after` is the last name already seen."""
+        query = select(TaskRow).where(TaskRow.tenant == tenant, TaskRow.deleted_at.is_(None))
+        if after is not None:
+            query = query.where(TaskRow.name > after)
+        with self._database.reading() as session:
+            return [rows.to_task(session, row) for row in session.scalars(query.order_by(TaskRow.name).limit(limit))]
+
+    def list_versions(self, tenant: str, task: str, limit: int, after: int | None) -> list[PromptVersion]:
+        """Newest first; `after` is the last (lowest) number already seen. Raises TaskNotFound."""
+        with self._database.reading() as session:
+            task_row = rows.get_task(session, tenant, task)
+            query = select(VersionRow).where(VersionRow.task_id == task_row.id)
+            if after is not None:
+                query = query.where(VersionRow.version < after)
+            found = session.scalars(query.order_by(VersionRow.version.desc()).limit(limit))
+            return [rows.to_version(task_row, row) for row in found]
+
+    def pinned_versions(self) -> list[PromptVersion]:
+        """The active versions of pinned tasks, of all tenants."""
+        query = (
+            select(TaskRow, VersionRow)
+            .join(VersionRow, (VersionRow.task_id == TaskRow.id) & (VersionRow.version == TaskRow.active_version))
+            .where(TaskRow.pinned, TaskRow.deleted_at.is_(None))
+            .order_by(TaskRow.tenant, TaskRow.name)
+        )
+        with self._database.reading() as session:
+            return [rows.to_version(task, row) for task, row in session.execute(query)]
+
+    def update_task(
+        self,
+        tenant: str,
+        task: str,
+        *,
+        active_version: int | None,
+        expected_version: int | None,
+        pinned: bool | None,
+        actor: str,
+    ) -> Task:
+        """Raises TaskNotFound, VersionConflict, or PromptCorrupt for a quarantined `active_version`."""
+        with self._database.writing() as session:
+            task_row = rows.get_task(session, tenant, task, lock=True)
+            rows.check_expected(task_row, task, expected_version)
+            if pinned is not None and pinned != task_row.pinned:
+                task_row.pinned = pinned
+                append_audit(session, tenant, actor=actor, action="pin" if pinned else "unpin", task=task)
+            if active_version is not None and active_version != task_row.active_version:
+                row = rows.get_version(session, task_row, active_version)
+                rows.check_usable(rows.to_version(task_row, row))
+                rows.activate(session, task_row, row.version)
+                rows.audit_version(session, "activate", task_row, row, actor)
+            session.flush()
+            result = rows.to_task(session, task_row)
+            failpoints.hit(failpoints.ACTIVATE_BEFORE_COMMIT)
+        return result
+
+    def rollback(self, tenant: str, task: str, actor: str) -> Task:
+        """Activate what was active before the current version; quarantined versions are passed over.
+
+        Raises TaskNotFound, or VersionConflict when nothing was active before.
+        """
+        with self._database.writing() as session:
+            task_row = rows.get_task(session, tenant, task, lock=True)
+            row = rows.step_back(session, task_row)
+            rows.audit_version(session, "rollback", task_row, row, actor)
+            session.flush()
+            result = rows.to_task(session, task_row)
+            failpoints.hit(failpoints.ACTIVATE_BEFORE_COMMIT)
+        return result
+
+    def delete_version(self, tenant: str, task: str, version: int, actor: str) -> tuple[str, ...]:
+        """Returns the digests that the version referred to. Raises TaskNotFound or VersionActive."""
+        with self._database.writing() as session:
+            task_row = rows.get_task(session, tenant, task, lock=True)
+            row = rows.get_version(session, task_row, version)
+            if task_row.active_version == version:
+                raise VersionActive(
+                    f"Version {version} of {task} is active: activate another one first.", param="version"
+                )
+            rows.audit_version(session, "delete_version", task_row, row, actor)
+            session.execute(
+                delete(ActivationRow).where(ActivationRow.task_id == task_row.id, ActivationRow.version == version)
+            )
+            session.delete(row)
+            session.flush()
+            failpoints.hit(failpoints.DELETE_BEFORE_COMMIT)
+        return row.digest, row.config_digest
+
+    def delete_task(self, tenant: str, task: str, actor: str) -> tuple[str, ...]:
+        """Leaves a tombstone; returns the digests that its versions referred to. Raises TaskNotFound."""
+        with self._database.writing() as session:
+            task_row = rows.get_task(session, tenant, task, lock=True)
+            versions = list(session.scalars(select(VersionRow).where(VersionRow.task_id == task_row.id)))
+            digests = tuple(digest for row in versions for digest in (row.digest, row.config_digest))
+            session.execute(delete(ActivationRow).where(ActivationRow.task_id == task_row.id))
+            session.execute(delete(VersionRow).where(VersionRow.task_id == task_row.id))
+            task_row.active_version, task_row.pinned, task_row.deleted_at = None, False, datetime.now(UTC)
+            append_audit(
+                session, tenant, actor=actor, action="delete_task", task=task, detail={"num_versions": len(versions)}
+            )
+            session.flush()
+            failpoints.hit(failpoints.DELETE_BEFORE_COMMIT)
+        return digests
+
+    def quarantine(self, version: PromptVersion, reason: str) -> None:
+        """Mark a version whose bytes are damaged. Raises TaskNotFound when it is gone: then it was merely deleted."""
+        with self._database.writing() as session:
+            task_row = rows.get_task(session, version.tenant, version.task, lock=True)
+            row = rows.get_version(session, task_row, version.version)
+            if row.quarantined_at is None:
+                row.quarantined_at = datetime.now(UTC)
+                rows.audit_version(session, "quarantine", task_row, row, "promptmux", {"reason": reason})
+
+    def find_unreferenced(self, digests: Collection[str]) -> set[str]:
+        """Those of `digests` that no version refers to."""
+        query = select(VersionRow.digest, VersionRow.config_digest).where(
+            or_(VersionRow.digest.in_(digests), VersionRow.config_digest.in_(digests))
+        )
+        with self._database.reading() as session:
+            return set(digests) - {digest for row in session.execute(query) for digest in row}
+
+    def all_digests(self) -> set[str]:
+        """Every digest that some version refers to."""
+        with self._database.reading() as session:
+            found = session.execute(select(VersionRow.digest, VersionRow.config_digest))
+            return {digest for row in found for digest in row}
+
+    def counts(self) -> StoreCounts:
+        with self._database.reading() as session:
+            num_versions, num_quarantined, num_bytes = session.execute(
+                select(
+                    func.count(VersionRow.id),
+                    func.count(VersionRow.quarantined_at),
+                    func.coalesce(func.sum(VersionRow.num_bytes), 0),
+                )
+            ).one()
+            return StoreCounts(
+                num_tasks=session.scalar(select(func.count(TaskRow.id)).where(TaskRow.deleted_at.is_(None))) or 0,
+                num_versions=num_versions,
+                num_quarantined=num_quarantined,
+                num_keys=session.scalar(select(func.count(KeyRow.id)).where(KeyRow.revoked_at.is_(None))) or 0,
+                num_bytes=int(num_bytes),
+            )

@@ -1,0 +1,79 @@
+"""Keeps blobs and catalog in step: damaged blobs are quarantined, and blobs that nothing refers to are removed.
+
+Knows who refers to a blob, which `blobs` does not, and touches files, which `catalog` does not.
+"""
+
+import logging
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+
+from prompt_store import failpoints
+from prompt_store.blobs import BlobStore
+from prompt_store.catalog import Catalog
+from prompt_store.errors import PromptCorrupt, PromptStoreError, StorageFailed, StorageFull
+from prompt_store.faults import storage_errors
+from prompt_store.manifest import PromptVersion
+
+_log = logging.getLogger(__name__)
+
+
+class Custody:
+    """`changing` is the context in which this store's writers exclude each other; it is not reentrant."""
+
+    def __init__(
+        self, catalog: Catalog, blobs: BlobStore, changing: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._catalog = catalog
+        self._blobs = blobs
+        self._changing = changing
+
+    def read(self, version: PromptVersion, digest: str) -> bytes:
+        """A blob of `version`, verified. Not to be called while changing.
+
+        Raises PromptCorrupt after quarantining the version, or TaskNotFound when it was deleted meanwhile.
+        """
+        with storage_errors():
+            try:
+                return self._blobs.get(digest)
+            except PromptCorrupt:
+                # Once more where no writer can be repairing or deleting it at this moment.
+                with self._changing():
+                    try:
+                        return self._blobs.get(digest)
+                    except PromptCorrupt as error:
+                        self._quarantine(version, error.message)
+                        raise
+
+    def collect(self, digests: Collection[str]) -> None:
+        """Remove those that nothing refers to. Only while changing.
+
+        What fails is left to the sweep of the next start: an unreferenced blob is never served.
+        """
+        try:
+            for digest in self._catalog.find_unreferenced(digests):
+                self._blobs.delete(digest)
+                failpoints.hit(failpoints.DELETE_BLOB_REMOVED)
+        except (PromptStoreError, OSError):
+            _log.warning("could not remove unreferenced files; the next start will", exc_info=True)
+
+    def sweep(self) -> None:
+        """Remove every blob that nothing refers to. Raises StorageFailed."""
+        with storage_errors(), self._changing():
+            referenced = self._catalog.all_digests()
+            for digest in [digest for digest in self._blobs.digests() if digest not in referenced]:
+                self._blobs.delete(digest)
+
+    def check_invariants(self) -> None:
+        """Every blob is referred to, and every reference has its sound blob. Reads everything: for tests."""
+        with self._changing():
+            referenced, stored = self._catalog.all_digests(), set(self._blobs.digests())
+            assert referenced == stored, f"missing {referenced - stored}, left over {stored - referenced}"
+            for digest in stored:
+                self._blobs.get(digest)
+
+    def _quarantine(self, version: PromptVersion, reason: str) -> None:
+        try:
+            self._catalog.quarantine(version, reason)
+        except (StorageFailed, StorageFull):
+            # A folder that cannot be written must not turn a refusal into something else.
+            _log.exception("could not quarantine a damaged prompt")

@@ -1,0 +1,43 @@
+"""Bounds and plain checks on what an upload brings, before anything looks inside the files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from prompt_store.errors import FileTooLarge, InvalidValue
+from prompt_store.faults import storage_errors
+
+
+def read_upload(file: bytes | Path, max_bytes: int) -> bytes:
+    """The bytes of the uploaded file, never more than allowed. Raises FileTooLarge or StorageFailed."""
+    if isinstance(file, Path):
+        with storage_errors(), file.open("rb") as stream:
+            # One byte more than allowed tells a file that is too large, also one that never ends.
+            file = stream.read(max_bytes + 1)
+    check_size("The file", file, max_bytes, "file")
+    return file
+
+
+def check_size(what: str, data: bytes, max_bytes: int, param: str) -> None:
+    """Raises FileTooLarge."""
+    if len(data) > max_bytes:
+        raise FileTooLarge(f"{what} has more than the {max_bytes} bytes that are allowed.", param=param)
+
+
+def check_metadata(metadata: Mapping[str, Any] | None, max_bytes: int) -> Mapping[str, Any]:
+    """A private copy of `metadata`, which must be a JSON object. Raises InvalidValue or FileTooLarge."""
+    if metadata is None:
+        return MappingProxyType({})
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        data = text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidValue(
+            "metadata must be a JSON object of finite numbers and sound text.", param="metadata"
+        ) from error
+    check_size("metadata", data, max_bytes, "metadata")
+    if "\\u0000" in text:
+        raise InvalidValue("metadata must not hold NUL characters.", param="metadata")
+    return MappingProxyType(json.loads(text))

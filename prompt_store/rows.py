@@ -1,0 +1,240 @@
+"""Steps inside one transaction of the catalog: rows found, checked, changed, and turned into the store's values.
+
+Nothing here begins or commits; every function takes the session of whoever does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any, cast
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from prompt_store.audit import append_audit
+from prompt_store.errors import PromptCorrupt, VersionConflict
+from prompt_store.formats import CheckedPrompt
+from prompt_store.manifest import PromptKind, PromptVersion, Task, VersionState
+from prompt_store.models import ActivationRow, TaskRow, VersionRow
+from prompt_store.names import not_found
+
+# How far back `rollback` remembers. Bounds the table when a script switches versions for ever.
+MAX_ACTIVATIONS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """What is to be registered: a checked file under a name."""
+
+    tenant: str
+    task: str
+    checked: CheckedPrompt
+    config_digest: str
+    metadata: Mapping[str, Any]
+    backbone: str
+    created_by: str
+    activate: bool
+    expected_version: int | None
+
+
+def find_task(session: Session, tenant: str, task: str, *, lock: bool = False) -> TaskRow | None:
+    """The row of a name, tombstones too; `lock` keeps other writers off it where the database has row locks."""
+    query = select(TaskRow).where(TaskRow.tenant == tenant, TaskRow.name == task)
+    return session.scalar(query.with_for_update() if lock else query)
+
+
+def get_task(session: Session, tenant: str, task: str, *, lock: bool = False) -> TaskRow:
+    """Raises TaskNotFound, also for a tombstone."""
+    row = find_task(session, tenant, task, lock=lock)
+    if row is None or row.deleted_at is not None:
+        raise not_found(task)
+    return row
+
+
+def get_version(session: Session, task: TaskRow, version: int) -> VersionRow:
+    """Raises TaskNotFound."""
+    row = session.scalar(select(VersionRow).where(VersionRow.task_id == task.id, VersionRow.version == version))
+    if row is None:
+        raise not_found(f"{task.name}@{version}")
+    return row
+
+
+def find_same_file(session: Session, task: TaskRow, checked: CheckedPrompt) -> VersionRow | None:
+    """The version that holds the same bytes, read in the same way."""
+    return session.scalar(
+        select(VersionRow).where(VersionRow.task_id == task.id, VersionRow.prefix_key == checked.prefix_key)
+    )
+
+
+def settle(session: Session, task: TaskRow | None, upload: Upload) -> PromptVersion | None:
+    """The version that leaves `upload` nothing to do, None if there is work. Raises VersionConflict.
+
+    A repeated upload is settled whatever `expected_version` says: a client that lost the answer may ask again.
+    """
+    if task is not None:
+        if task.deleted_at is not None:
+            raise VersionConflict(
+                f"The name {task.name} was deleted and stays retired in this tenant; choose another.", param="task"
+            )
+        row = find_same_file(session, task, upload.checked)
+        is_sound = row is not None and row.quarantined_at is None
+        if row is not None and is_sound and (not upload.activate or task.active_version == row.version):
+            return to_version(task, row)
+    check_expected(task, upload.task, upload.expected_version)
+    return None
+
+
+def check_expected(task: TaskRow | None, name: str, expected_version: int | None) -> None:
+    """Compare-and-swap: 0 expects no task, another number expects it to be active. Raises VersionConflict."""
+    if expected_version is None:
+        return
+    if task is None:
+        if expected_version != 0:
+            raise VersionConflict(
+                f"expected_version is {expected_version}, but the task {name} does not exist.", param="expected_version"
+            )
+        return
+    if expected_version == 0 or task.active_version != expected_version:
+        active = "no version is" if task.active_version is None else f"version {task.active_version} is"
+        raise VersionConflict(
+            f"expected_version is {expected_version}, but the task {name} exists and {active} active.",
+            param="expected_version",
+        )
+
+
+def check_usable(version: PromptVersion) -> None:
+    """Raises PromptCorrupt for a quarantined version."""
+    if version.state == "quarantined":
+        raise PromptCorrupt(
+            f"Version {version.version} of {version.task} is quarantined: its stored bytes are "
+            "damaged. Upload the same file again to repair it.",
+            param="version",
+        )
+
+
+def add_task(session: Session, upload: Upload) -> TaskRow:
+    task = TaskRow(
+        tenant=upload.tenant,
+        name=upload.task,
+        active_version=None,
+        next_version=1,
+        pinned=False,
+        created_at=datetime.now(UTC),
+        deleted_at=None,
+    )
+    session.add(task)
+    session.flush()
+    return task
+
+
+def add_version(session: Session, task: TaskRow, upload: Upload) -> VersionRow:
+    checked = upload.checked
+    row = VersionRow(
+        task_id=task.id,
+        version=task.next_version,
+        digest=checked.digest,
+        config_digest=upload.config_digest,
+        prefix_key=checked.prefix_key,
+        peft_type=checked.peft_type,
+        kind=checked.kind,
+        task_index=checked.task_index,
+        num_virtual_tokens=checked.num_virtual_tokens,
+        num_bytes=checked.num_bytes,
+        created_at=datetime.now(UTC),
+        created_by=upload.created_by,
+        backbone=upload.backbone,
+        quarantined_at=None,
+        extra=dict(upload.metadata),
+        warnings=list(checked.warnings),
+    )
+    task.next_version += 1
+    session.add(row)
+    session.flush()
+    return row
+
+
+def activate(session: Session, task: TaskRow, version: int) -> None:
+    """Make `version` active and put it on top of the task's activation stack."""
+    task.active_version = version
+    session.add(ActivationRow(task_id=task.id, version=version, at=datetime.now(UTC)))
+    session.flush()
+    oldest_kept = session.scalar(
+        select(ActivationRow.id)
+        .where(ActivationRow.task_id == task.id)
+        .order_by(ActivationRow.id.desc())
+        .offset(MAX_ACTIVATIONS - 1)
+        .limit(1)
+    )
+    if oldest_kept is not None:
+        session.execute(delete(ActivationRow).where(ActivationRow.task_id == task.id, ActivationRow.id < oldest_kept))
+
+
+def step_back(session: Session, task: TaskRow) -> VersionRow:
+    """Take activations off the stack until a sound version other than the active one is on top, and activate it.
+
+    Raises VersionConflict when there is none.
+    """
+    history = select(ActivationRow).where(ActivationRow.task_id == task.id).order_by(ActivationRow.id.desc())
+    for activation in list(session.scalars(history)):
+        if activation.version != task.active_version:
+            row = get_version(session, task, activation.version)
+            if row.quarantined_at is None:
+                task.active_version = row.version
+                return row
+        session.delete(activation)
+    raise VersionConflict(f"No version of {task.name} was active before this one.", param="version")
+
+
+def audit_version(
+    session: Session,
+    action: str,
+    task: TaskRow,
+    row: VersionRow,
+    actor: str,
+    detail: Mapping[str, Any] | None = None,
+) -> None:
+    append_audit(
+        session,
+        task.tenant,
+        actor=actor,
+        action=action,
+        task=task.name,
+        version=row.version,
+        digest=row.digest,
+        detail=detail,
+    )
+
+
+def to_task(session: Session, task: TaskRow) -> Task:
+    num_versions = session.scalar(select(func.count(VersionRow.id)).where(VersionRow.task_id == task.id)) or 0
+    return Task(
+        tenant=task.tenant,
+        task=task.name,
+        active_version=task.active_version,
+        pinned=task.pinned,
+        created_at=task.created_at,
+        num_versions=num_versions,
+    )
+
+
+def to_version(task: TaskRow, row: VersionRow) -> PromptVersion:
+    state: VersionState = "active" if task.active_version == row.version else "inactive"
+    return PromptVersion(
+        tenant=task.tenant,
+        task=task.name,
+        version=row.version,
+        digest=row.digest,
+        prefix_key=row.prefix_key,
+        peft_type=row.peft_type,
+        kind=cast(PromptKind, row.kind),
+        task_index=row.task_index,
+        num_virtual_tokens=row.num_virtual_tokens,
+        num_bytes=row.num_bytes,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        backbone=row.backbone,
+        state="quarantined" if row.quarantined_at is not None else state,
+        metadata=MappingProxyType(row.extra),
+        warnings=tuple(row.warnings),
+    )

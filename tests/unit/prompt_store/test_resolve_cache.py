@@ -1,0 +1,107 @@
+from datetime import UTC, datetime
+
+from prompt_store.errors import StorageFailed
+from prompt_store.manifest import PromptVersion
+from prompt_store.resolve_cache import ResolveCache
+
+KEY = ("t", "task")
+
+
+def make_version(number: int) -> PromptVersion:
+    return PromptVersion(
+        tenant="t",
+        task="task",
+        version=number,
+        digest="0" * 64,
+        prefix_key="k",
+        peft_type="PROMPT_TUNING",
+        kind="embeddings",
+        task_index=None,
+        num_virtual_tokens=1,
+        num_bytes=1,
+        created_at=datetime.now(UTC),
+        created_by="",
+        backbone="",
+        state="active",
+        metadata={},
+    )
+
+
+class World:
+    """A clock and a change counter that the test moves by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.token: int | None = 0
+        self.num_polls = 0
+        self.fails = False
+
+    def change_token(self) -> int | None:
+        self.num_polls += 1
+        if self.fails:
+            raise StorageFailed("no disk")
+        return self.token
+
+
+def make_cache(world: World, max_entries: int = 10) -> ResolveCache:
+    cache = ResolveCache(world.change_token, clock=lambda: world.now, max_entries=max_entries)
+    world.num_polls = 0
+    return cache
+
+
+def test_what_was_put_is_found_until_this_process_writes() -> None:
+    cache = make_cache(World())
+    version = make_version(1)
+    cache.put(KEY, version, cache.generation)
+    assert cache.get(KEY) is version
+    cache.clear()
+    assert cache.get(KEY) is None
+
+
+def test_what_was_read_before_a_write_is_not_remembered_after_it() -> None:
+    cache = make_cache(World())
+    generation = cache.generation
+    cache.clear()
+    cache.put(KEY, make_version(1), generation)
+    assert cache.get(KEY) is None
+
+
+def test_foreign_changes_are_looked_for_once_an_interval() -> None:
+    world = World()
+    cache = make_cache(world)
+    cache.put(KEY, make_version(1), cache.generation)
+    world.token = 1
+    for _ in range(10):
+        assert cache.get(KEY) is not None
+    assert world.num_polls == 0
+    world.now = 1.0
+    assert cache.get(KEY) is None
+    cache.put(KEY, make_version(2), cache.generation)
+    world.now = 2.0
+    assert cache.get(KEY) is not None
+    assert world.num_polls == 2
+
+
+def test_everything_is_forgotten_once_an_interval_where_changes_cannot_be_seen() -> None:
+    world = World()
+    world.token = None
+    cache = make_cache(world)
+    cache.put(KEY, make_version(1), cache.generation)
+    world.now = 1.0
+    assert cache.get(KEY) is None
+
+
+def test_failing_disk_does_not_stop_answers_from_memory() -> None:
+    world = World()
+    cache = make_cache(world)
+    cache.put(KEY, make_version(1), cache.generation)
+    world.fails, world.now = True, 1.0
+    assert cache.get(KEY) is not None
+
+
+def test_memory_is_bounded() -> None:
+    cache = make_cache(World(), max_entries=3)
+    for index in range(100):
+        cache.put(("t", f"task-{index}"), make_version(index + 1), cache.generation)
+        assert cache.num_entries <= 3
+    assert cache.get(("t", "task-99")) is not None

@@ -1,0 +1,154 @@
+"""SIGKILL at every failpoint of a process: what was acknowledged is there, the rest is wholly old or new."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+
+from prompt_store import failpoints
+from prompt_store.errors import TaskNotFound
+from prompt_store.store import PromptStore
+from tests.unit.prompt_store.prompt_files import BACKBONE, make_config, make_file
+
+REPOSITORY = Path(__file__).parents[3]
+CONFIG, OTHER_CONFIG = make_config(), make_config(num_layers=3)
+OLD, NEW = make_file(seed=1), make_file(seed=2)
+
+
+def work(root: Path, operation: str, failpoint: str | None, acknowledgement: Path) -> None:
+    """Runs in the process that is killed; touches a file once the operation was acknowledged."""
+    store = PromptStore.open(root, backbone=BACKBONE)
+    with failpoints.armed(f"{failpoint}:kill" if failpoint else None):
+        if operation == "upload":
+            store.upload("t", "task", file=NEW, config=CONFIG)
+        elif operation == "first_upload":
+            store.upload("t", "fresh", file=NEW, config=OTHER_CONFIG)
+        elif operation == "activate":
+            store.update_task("t", "task", active_version=2)
+        elif operation == "rollback":
+            store.rollback("t", "task")
+        elif operation == "delete_version":
+            store.delete_version("t", "task", 1)
+        elif operation == "delete_task":
+            store.delete_task("t", "task")
+    acknowledgement.touch()
+
+
+CASES = (
+    [("upload", name) for name in failpoints.UPLOAD_FAILPOINTS]
+    + [("first_upload", name) for name in failpoints.UPLOAD_FAILPOINTS]
+    + [(operation, name) for operation in ("activate", "rollback") for name in failpoints.ACTIVATE_FAILPOINTS]
+    + [(operation, name) for operation in ("delete_version", "delete_task") for name in failpoints.DELETE_FAILPOINTS]
+)
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Processes forked from one that has the store imported and no threads: as good as fresh ones, and quick."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["prompt_store.store", "tests.unit.prompt_store.prompt_files"])
+    return context
+
+
+def run(processes: ForkServerContext, root: Path, operation: str, failpoint: str | None) -> tuple[int | None, bool]:
+    """The exit code, and whether the operation was acknowledged."""
+    acknowledgement = root.parent / "acknowledged"
+    process = processes.Process(target=work, args=(root, operation, failpoint, acknowledgement))
+    process.start()
+    process.join(60)
+    return process.exitcode, acknowledgement.exists()
+
+
+def describe(store: PromptStore) -> dict[str, tuple[int | None, list[int]]]:
+    found = {}
+    for name in ("task", "fresh"):
+        try:
+            task = store.get_task("t", name)
+        except TaskNotFound:
+            continue
+        found[name] = (task.active_version, [version.version for version in store.list_versions("t", name)])
+    return found
+
+
+def prepare(root: Path, operation: str) -> dict[str, tuple[int | None, list[int]]]:
+    with PromptStore.open(root, backbone=BACKBONE) as store:
+        store.upload("t", "task", file=OLD, config=CONFIG)
+        if operation in ("activate", "rollback", "delete_version"):
+            other = NEW if operation == "activate" else make_file(seed=3)
+            store.upload("t", "task", file=other, config=CONFIG, activate=operation != "activate")
+        return describe(store)
+
+
+AFTER = {
+    "upload": {"task": (2, [2, 1])},
+    "first_upload": {"task": (1, [1]), "fresh": (1, [1])},
+    "activate": {"task": (2, [2, 1])},
+    "rollback": {"task": (1, [2, 1])},
+    "delete_version": {"task": (2, [2])},
+    "delete_task": {},
+}
+
+
+@pytest.mark.parametrize(("operation", "failpoint"), CASES)
+def test_killed_operation_leaves_the_old_or_the_new_state_and_no_leftovers(
+    operation: str, failpoint: str, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    root = tmp_path / "store"
+    before = prepare(root, operation)
+    assert run(processes, root, operation, failpoint) == (-signal.SIGKILL, False)
+    with PromptStore.open(root, backbone=BACKBONE) as store:
+        committed = failpoint in (
+            failpoints.UPLOAD_COMMITTED,
+            failpoints.ACTIVATE_COMMITTED,
+            failpoints.DELETE_COMMITTED,
+            failpoints.DELETE_BLOB_REMOVED,
+        )
+        assert describe(store) == (AFTER[operation] if committed else before)
+        store.check_invariants()
+        assert not list((root / "tmp").iterdir())
+        for name in describe(store):
+            store.load(store.resolve("t", name))
+
+
+@pytest.mark.parametrize("operation", AFTER)
+def test_acknowledged_operation_is_there(operation: str, tmp_path: Path, processes: ForkServerContext) -> None:
+    root = tmp_path / "store"
+    prepare(root, operation)
+    assert run(processes, root, operation, None) == (0, True)
+    with PromptStore.open(root, backbone=BACKBONE) as store:
+        assert describe(store) == AFTER[operation]
+        store.check_invariants()
+
+
+@pytest.mark.parametrize("name", failpoints.UPLOAD_FAILPOINTS)
+def test_unforeseen_exception_in_an_upload_leaves_the_old_or_the_new_state(store: PromptStore, name: str) -> None:
+    store.upload("t", "task", file=OLD, config=CONFIG)
+    with failpoints.armed(f"{name}:raise"), pytest.raises(failpoints.FailpointReached):
+        store.upload("t", "task", file=NEW, config=OTHER_CONFIG)
+    committed = name == failpoints.UPLOAD_COMMITTED
+    assert describe(store) == {"task": (2, [2, 1]) if committed else (1, [1])}
+    store.check_invariants()
+    assert not list((store.root / "tmp").iterdir())
+    version, created = store.upload("t", "task", file=NEW, config=OTHER_CONFIG)
+    assert (version.version, created) == (2, not committed)
+
+
+@pytest.mark.parametrize("spec", ["nope:kill", "upload.committed", "upload.committed:explode", ""])
+def test_unknown_failpoint_is_refused(spec: str) -> None:
+    with pytest.raises(ValueError, match="expected one of"), failpoints.armed(spec):
+        pass
+
+
+def test_environment_arms_a_failpoint() -> None:
+    script = "from prompt_store import failpoints; failpoints.hit(failpoints.UPLOAD_COMMITTED); print('alive')"
+    for name, expected in ((failpoints.UPLOAD_COMMITTED, -signal.SIGKILL), (failpoints.BLOB_RENAMED, 0)):
+        environment = os.environ | {failpoints.ENVIRONMENT_VARIABLE: f"{name}:kill"}
+        result = subprocess.run(
+            [sys.executable, "-c", script], env=environment, cwd=REPOSITORY, capture_output=True, check=False
+        )
+        assert result.returncode == expected
