@@ -51,9 +51,7 @@ class PromptmuxError(Exception):
 
     def to_body(self) -> dict[str, dict[str, str | None]]:
         """The error body of the HTTP contract: `{"error": {message, type, param, code}}`."""
-        return {
-            "error": {"message": self.message, "type": self.error_type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.error_type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """Headers that tell a client whether and when to try again."""

@@ -310,8 +310,8 @@ class Engine:
             self._kv.copy_in(slot, prefix.tensors, prefix.uid)
         with self._lock:
             self._num_waiting -= 1
-        row.first_scheduled_at_s = time.monotonic()
-        self._metrics.request_queue_time_seconds.observe(row.first_scheduled_at_s - row.arrived_at_s)
+        row.first_scheduled_at_s = now_s = time.monotonic()
+        self._metrics.request_queue_time_seconds.observe(now_s - row.arrived_at_s)
         return Admission.ADMITTED
 
     def _emit(self, row: Row, output: RowOutput) -> None:

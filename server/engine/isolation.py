@@ -73,6 +73,7 @@ class _Checker:
         self._slabs = slabs
         self._reasons: dict[int, str] = {}
         counts = np.array([claim.num_tokens for claim in claims], dtype=np.int64)
+        self._counts = counts
         self._num_tokens = int(counts.sum())
         self._entry_of = np.repeat(np.arange(len(claims), dtype=np.int64), counts)
         self._firsts = np.cumsum(counts) - counts
@@ -102,15 +103,25 @@ class _Checker:
                 self._blame_entry(entry, "its prefix is not the one that its request named")
 
     def check_packing(self) -> None:
-        """Tokens, positions and segment bounds are those of the rows."""
+        """Entries, tokens, positions and segment bounds are those of the rows.
+
+        The dense path reads the entries themselves, so they are held to the same account as the arrays.
+        """
         plan = self._plan
+        for index, (entry, claim) in enumerate(zip(plan.entries, self._claims, strict=True)):
+            if (
+                entry.slot != claim.slot
+                or entry.start_column != claim.start_column
+                or list(entry.token_ids) != list(claim.token_ids)
+            ):
+                self._blame_entry(index, "its entry is another's")
         if len(plan.token_ids) != self._num_tokens or len(plan.positions) != self._num_tokens:
             self._blame_all("the packed batch has another length")
             return
         self._blame(self._entry_of[plan.positions != self._columns], "its tokens are at wrong positions")
         token_ids = np.concatenate([np.asarray(claim.token_ids, dtype=np.int64) for claim in self._claims])
         self._blame(self._entry_of[plan.token_ids != token_ids], "its tokens are another's")
-        wrong = np.flatnonzero(plan.first_tokens != self._firsts)
+        wrong = np.flatnonzero((plan.first_tokens != self._firsts) | (plan.counts != self._counts))
         self._blame(wrong, "its segment begins elsewhere")
 
     def check_writes(self) -> None:
@@ -144,6 +155,7 @@ class _Checker:
                 or not self._in_range(read.result_slots, read.num_slots)
                 or not self._in_range(read.result_tokens, self._num_tokens)
                 or not self._in_range(read.query_tokens, self._num_tokens)
+                or not self._in_range(read.lengths - 1, slab.capacity)
             ):
                 self._blame_all("a read leaves the batch or its slab")
                 return
@@ -165,11 +177,16 @@ class _Checker:
         """Each chunk asks its own row's slot from its own column on; together the reads cover every token once."""
         read_times = np.zeros(self._num_tokens, dtype=np.int64)
         for decode in self._plan.decode_reads:
-            np.add.at(read_times, decode.result_tokens, 1)
+            if self._in_range(decode.result_tokens, self._num_tokens):  # else all are blamed already
+                np.add.at(read_times, decode.result_tokens, 1)
         for read in self._plan.prefill_reads:
             slab = self._slabs.get(read.slab)
             last = read.first_token + read.num_tokens
-            if slab is None or not (0 <= read.slot < slab.num_slots) or read.first_token < 0 or last > self._num_tokens:
+            if (
+                slab is None
+                or not 0 <= read.slot < slab.num_slots
+                or not 0 <= read.first_token < last <= self._num_tokens
+            ):
                 self._blame_all("a read leaves the batch or its slab")
                 return
             read_times[read.first_token : last] += 1

@@ -96,6 +96,7 @@ class RowOutput:
     made it, also when its text is still held back, so the two may run apart inside a stream and agree at its end.
     `prompt_logprobs` comes once, with the row's first output, and has one entry a client token; entry 0 is None.
     `stop_reason` is the stop string or stop token id that ended the row, None for EOS or length.
+    `queue_s` comes with the row's first token: the seconds from submission to admission.
     With `error` set the row has ended and no token of that step is delivered.
     """
 
@@ -107,6 +108,7 @@ class RowOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: PromptmuxError | None = None
+    queue_s: float | None = None
 
     @property
     def is_last(self) -> bool:

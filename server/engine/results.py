@@ -101,6 +101,7 @@ class StepResults:
             prompt_logprobs=take_prompt_logprobs(row),
             finish_reason=finish_reason,
             stop_reason=stop_reason,
+            queue_s=row.queue_s if row.num_generated == 1 else None,
         )
 
     def _end_without_tokens(self, row: Row) -> RowOutput:
@@ -125,7 +126,8 @@ def _add_prompt_logprobs(row: Row, num_tokens: int, logits: torch.Tensor) -> boo
         row.pending_prompt_logprobs.append(None)
     following = row.token_ids[row.num_computed + 1 : row.num_computed + num_tokens + 1]
     following = following[: row.num_prompt_tokens - row.num_computed - 1]
-    if not bool(logits[: len(following)].isnan().logical_not().all()):
+    # NaN and +inf pass through a maximum; -inf may be a model's own mask and is harmless.
+    if not bool(logits[: len(following)].amax(dim=-1).isfinite().all()):
         return False
     alternatives = [row.request.sampling.prompt_logprobs] * len(following)
     row.pending_prompt_logprobs.extend(token_logprobs(logits[: len(following)], following, alternatives))

@@ -78,6 +78,11 @@ class Row:
         return self.num_virtual_tokens + self.num_computed
 
     @property
+    def queue_s(self) -> float | None:
+        """Seconds from submission to admission; None before it."""
+        return self.first_scheduled_at_s - self.arrived_at_s if self.first_scheduled_at_s is not None else None
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.sampling.prompt_logprobs is not None
 

@@ -18,6 +18,9 @@ from server.engine.request import SamplingParams, TokenLogprob
 LOWEST_LOGPROB = -9999.0
 """Reported in place of minus infinity, which JSON cannot carry (vLLM's convention)."""
 
+MIN_TEMPERATURE = 1e-5
+"""Lower ones are raised to it: it is greedy already, and dividing by less leaves the range of fp32."""
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -126,6 +129,11 @@ def _adjust(raw: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
     for i in touched:
         row, logits = rows[i], adjusted[i]
         params = row.params
+        if params.logit_bias:
+            biased = sorted(params.logit_bias)
+            logits[_ids(biased, raw)] += torch.tensor([params.logit_bias[t] for t in biased]).to(logits)
+        if row.banned:
+            logits[_ids(row.banned, raw)] = float("-inf")
         if params.repetition_penalty != 1.0:
             seen = _ids(set(row.token_ids), raw)
             values = logits[seen]
@@ -138,11 +146,6 @@ def _adjust(raw: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
             if ids.size:
                 weights = params.presence_penalty + params.frequency_penalty * counts
                 logits[torch.from_numpy(ids).to(raw.device)] -= torch.from_numpy(weights).to(logits)
-        if params.logit_bias:
-            biased = list(params.logit_bias)
-            logits[_ids(biased, raw)] += torch.tensor([params.logit_bias[t] for t in biased]).to(logits)
-        if row.banned:
-            logits[_ids(row.banned, raw)] = float("-inf")
     return adjusted
 
 
@@ -158,7 +161,7 @@ def _ids(ids: "Sequence[int] | set[int] | frozenset[int]", like: torch.Tensor) -
 def _draw(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
     """Sample each row of `logits [n, vocab_size]` by its temperature and truncation. Returns ids `[n]`."""
     device = logits.device
-    temperatures = torch.tensor([row.params.temperature for row in rows], device=device)
+    temperatures = torch.tensor([max(row.params.temperature, MIN_TEMPERATURE) for row in rows], device=device)
     scaled = logits / temperatures[:, None]
     probs = torch.softmax(scaled, dim=-1)
     min_p = torch.tensor([row.params.min_p for row in rows], device=device)

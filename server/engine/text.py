@@ -76,6 +76,7 @@ class TextStream:
         """How many of the last held characters may be the beginning of a stop string."""
         for length in range(min(len(self._held), self._longest_stop), 0, -1):
             tail = self._held[-length:]
-            if any(s.startswith(tail) for s in self._stop):
+            # A whole stop string here was completed while none was looked for: it is ordinary text.
+            if any(len(s) > length and s.startswith(tail) for s in self._stop):
                 return length
         return 0
