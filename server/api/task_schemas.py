@@ -1,0 +1,178 @@
+"""What the `/v1/tasks` routes take and answer."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from server.runtime.stats import Latency, TaskStats
+from server.runtime.tasks import TaskView, VersionView
+
+Residency = Literal["device", "host", "store"]
+MAX_PAGE = 1000
+MAX_VERSION = 999_999_999
+
+
+class TaskPage(BaseModel):
+    """The query of the list of tasks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=MAX_PAGE)
+    after: str | None = Field(None, max_length=100, description="The last name of the page before.")
+
+
+class VersionPage(BaseModel):
+    """The query of a task's history."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(100, ge=1, le=MAX_PAGE)
+    after: int | None = Field(None, ge=1, le=MAX_VERSION, description="The last version of the page before.")
+
+
+class TaskUpdate(BaseModel):
+    """All that is given changes at once, or nothing does."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"active_version": 3, "expected_version": 4}]}
+    )
+
+    active_version: int | None = Field(None, ge=1, le=MAX_VERSION, description="Roll out, or roll back.")
+    expected_version: int | None = Field(
+        None, ge=0, le=MAX_VERSION, description="Refuse (409) unless this version is active now."
+    )
+    pinned: bool | None = Field(None, description="Keep its prefix on the device.")
+    canary: Any = Field(None, description="Not available: must be left out.")
+
+    @field_validator("canary")
+    @classmethod
+    def _refuse_canary(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("canary rollouts are not available")
+        return value
+
+
+class TaskObject(BaseModel):
+    object: Literal["task"] = "task"
+    task: str
+    tenant: str = Field(description="The owner: the caller's tenant, or `shared`.")
+    active_version: int | None
+    pinned: bool
+    canary: None = None
+    residency: Residency = Field(description="Where the active version's prefix is.")
+    num_versions: int
+    created: int
+
+    @classmethod
+    def of(cls, view: TaskView) -> Self:
+        task = view.task
+        return cls(
+            task=task.task,
+            tenant=task.tenant,
+            active_version=task.active_version,
+            pinned=task.pinned,
+            residency=view.residency,
+            num_versions=task.num_versions,
+            created=int(task.created_at.timestamp()),
+        )
+
+
+class TaskList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[TaskObject]
+    has_more: bool
+
+
+class VersionObject(BaseModel):
+    object: Literal["prompt_version"] = "prompt_version"
+    task: str
+    version: int
+    digest: str = Field(description="SHA-256 of the uploaded file.")
+    peft_type: str
+    task_index: int | None
+    num_virtual_tokens: int
+    bytes: int
+    created: int
+    created_by: str
+    backbone: str = Field(description="Fingerprint of the backbone that it was checked against.")
+    state: Literal["active", "inactive", "quarantined"]
+    residency: Residency
+    metadata: dict[str, Any]
+    warnings: list[str]
+
+    @classmethod
+    def of(cls, view: VersionView) -> Self:
+        version = view.version
+        return cls(
+            task=version.task,
+            version=version.version,
+            digest=version.digest,
+            peft_type=version.peft_type,
+            task_index=version.task_index,
+            num_virtual_tokens=version.num_virtual_tokens,
+            bytes=version.num_bytes,
+            created=int(version.created_at.timestamp()),
+            created_by=version.created_by,
+            backbone=version.backbone,
+            state=version.state,
+            residency=view.residency,
+            metadata=dict(version.metadata),
+            warnings=list(version.warnings),
+        )
+
+
+class VersionList(BaseModel):
+    """Newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[VersionObject]
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    object: Literal["task", "prompt_version"]
+    task: str
+    version: int | None = None
+    deleted: Literal[True] = True
+
+
+class LatencyObject(BaseModel):
+    """Seconds; null before the first observation."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    num_samples: int
+
+    @classmethod
+    def of(cls, latency: Latency) -> Self:
+        return cls(p50=latency.p50, p90=latency.p90, p99=latency.p99, num_samples=latency.num_samples)
+
+
+class TaskStatsObject(BaseModel):
+    """What the caller's tenant has used of a task since the server started."""
+
+    object: Literal["task_stats"] = "task_stats"
+    task: str
+    since: int
+    requests: int
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reasons: dict[str, int]
+    time_to_first_token_seconds: LatencyObject
+    e2e_request_latency_seconds: LatencyObject
+
+    @classmethod
+    def of(cls, task: str, stats: TaskStats) -> Self:
+        return cls(
+            task=task,
+            since=int(stats.since),
+            requests=stats.requests,
+            rows=stats.rows,
+            prompt_tokens=stats.prompt_tokens,
+            completion_tokens=stats.completion_tokens,
+            finish_reasons=stats.finish_reasons,
+            time_to_first_token_seconds=LatencyObject.of(stats.ttft),
+            e2e_request_latency_seconds=LatencyObject.of(stats.e2e),
+        )

@@ -1,0 +1,221 @@
+"""`/v1/tasks`: upload prompts, look at them, roll them out and back, take them away."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request
+from starlette.responses import Response
+
+from prompt_store.manifest import PromptVersion
+from server import errors
+from server.api.common_schemas import documented_errors
+from server.api.context import RequestContext
+from server.api.dependencies import CurrentCaller, CurrentContext, ReadyRuntime
+from server.api.strict_json import StrictJSONRoute
+from server.api.task_schemas import (
+    MAX_VERSION,
+    Deleted,
+    TaskList,
+    TaskObject,
+    TaskPage,
+    TaskStatsObject,
+    TaskUpdate,
+    VersionList,
+    VersionObject,
+    VersionPage,
+)
+from server.api.upload_form import OPENAPI_BODY, read_upload
+from server.errors import InvalidRequestError, PromptmuxError
+
+VersionNumber = Annotated[int, Path(ge=1, le=MAX_VERSION)]
+
+router = APIRouter(route_class=StrictJSONRoute, tags=["tasks"])
+
+
+@router.post(
+    "/v1/tasks/{task}/versions",
+    status_code=201,
+    response_model=VersionObject,
+    summary="Upload a prompt",
+    openapi_extra=OPENAPI_BODY,
+    responses={
+        200: {"model": VersionObject, "description": "The task has this very prompt already; this is its version."},
+        **documented_errors(
+            errors.InvalidRequestError,
+            errors.ConflictError,
+            errors.PayloadTooLargeError,
+            errors.UnsupportedFileError,
+            errors.PromptMismatchError,
+            errors.StorageFullError,
+            errors.UnavailableError,
+        ),
+    },
+)
+async def upload_version(
+    task: str, request: Request, runtime: ReadyRuntime, caller: CurrentCaller, context: CurrentContext
+) -> Response:
+    """A file and its configuration as PEFT's `save_pretrained` writes them, checked strictly against the backbone.
+
+    It is on disk when the answer comes. On any error nothing is stored.
+    """
+    uploads = runtime.metrics.prompt_uploads_total
+    try:
+        async with runtime.uploading():
+            upload = await read_upload(request, task)
+            view, is_new = await runtime.call(runtime.parts.tasks.upload, caller, upload)
+    except PromptmuxError as error:
+        uploads.labels(result=error.code).inc()
+        raise
+    uploads.labels(result="created" if is_new else "existing").inc()
+    _note(context, view.version)
+    content = VersionObject.of(view).model_dump_json()
+    return Response(
+        content,
+        status_code=201 if is_new else 200,
+        headers={"location": f"/v1/tasks/{task}/versions/{view.version.version}"},
+        media_type="application/json",
+    )
+
+
+@router.get("/v1/tasks", summary="List tasks", responses=documented_errors(errors.InvalidRequestError))
+async def list_tasks(page: Annotated[TaskPage, Query()], runtime: ReadyRuntime, caller: CurrentCaller) -> TaskList:
+    """The caller's own tasks and the shared ones, by name."""
+    views, has_more = await runtime.call(
+        runtime.parts.tasks.list_tasks, caller.tenant, limit=page.limit, after=page.after
+    )
+    return TaskList(data=[TaskObject.of(view) for view in views], has_more=has_more)
+
+
+@router.get("/v1/tasks/{task}", summary="One task", responses=documented_errors(errors.TaskNotFoundError))
+async def get_task(task: str, runtime: ReadyRuntime, caller: CurrentCaller) -> TaskObject:
+    return TaskObject.of(await runtime.call(runtime.parts.tasks.get_task, caller.tenant, task))
+
+
+@router.patch(
+    "/v1/tasks/{task}",
+    summary="Roll out, roll back, pin",
+    responses=documented_errors(
+        errors.InvalidRequestError, errors.TaskNotFoundError, errors.ConflictError, errors.PromptCorruptError
+    ),
+)
+async def update_task(task: str, body: TaskUpdate, runtime: ReadyRuntime, caller: CurrentCaller) -> TaskObject:
+    """Atomic. Rows that are running keep the version that they hold."""
+    if body.active_version is None and body.pinned is None:
+        raise InvalidRequestError("Give active_version or pinned.")
+    view = await runtime.call(
+        runtime.parts.tasks.update_task,
+        caller,
+        task,
+        active_version=body.active_version,
+        expected_version=body.expected_version,
+        pinned=body.pinned,
+    )
+    return TaskObject.of(view)
+
+
+@router.delete("/v1/tasks/{task}", summary="Delete a task", responses=documented_errors(errors.TaskNotFoundError))
+async def delete_task(task: str, runtime: ReadyRuntime, caller: CurrentCaller) -> Deleted:
+    """All its versions with it. Rows in flight finish; the name cannot be used again."""
+    await runtime.call(runtime.parts.tasks.delete_task, caller, task)
+    return Deleted(object="task", task=task)
+
+
+@router.get("/v1/tasks/{task}/stats", summary="A task's numbers", responses=documented_errors(errors.TaskNotFoundError))
+async def get_stats(task: str, runtime: ReadyRuntime, caller: CurrentCaller) -> TaskStatsObject:
+    """Requests, tokens and latencies of the caller's tenant, over all versions, since the server started."""
+    return TaskStatsObject.of(task, await runtime.call(runtime.parts.tasks.stats, caller.tenant, task))
+
+
+@router.get(
+    "/v1/tasks/{task}/versions",
+    summary="A task's history",
+    responses=documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError),
+)
+async def list_versions(
+    task: str, page: Annotated[VersionPage, Query()], runtime: ReadyRuntime, caller: CurrentCaller
+) -> VersionList:
+    """Newest first."""
+    views, has_more = await runtime.call(
+        runtime.parts.tasks.list_versions, caller.tenant, task, limit=page.limit, after=page.after
+    )
+    return VersionList(data=[VersionObject.of(view) for view in views], has_more=has_more)
+
+
+@router.get(
+    "/v1/tasks/{task}/versions/{version}",
+    summary="One version",
+    responses=documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError),
+)
+async def get_version(task: str, version: VersionNumber, runtime: ReadyRuntime, caller: CurrentCaller) -> VersionObject:
+    return VersionObject.of(await runtime.call(runtime.parts.tasks.get_version, caller.tenant, task, version))
+
+
+@router.delete(
+    "/v1/tasks/{task}/versions/{version}",
+    summary="Delete a version",
+    responses=documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError, errors.ConflictError),
+)
+async def delete_version(task: str, version: VersionNumber, runtime: ReadyRuntime, caller: CurrentCaller) -> Deleted:
+    """409 for the active one. Rows in flight finish."""
+    await runtime.call(runtime.parts.tasks.delete_version, caller, task, version)
+    return Deleted(object="prompt_version", task=task, version=version)
+
+
+_DOWNLOAD = documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError, errors.PromptCorruptError)
+
+
+@router.get(
+    "/v1/tasks/{task}/versions/{version}/file",
+    summary="Download a prompt's file",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        304: {"description": "The client has it already."},
+        **_DOWNLOAD,
+    },
+)
+async def get_file(
+    task: str, version: VersionNumber, request: Request, runtime: ReadyRuntime, caller: CurrentCaller
+) -> Response:
+    """The bytes as uploaded, their digest checked now. `ETag` is the digest."""
+    tasks = runtime.parts.tasks
+    found = (await runtime.call(tasks.get_version, caller.tenant, task, version)).version
+    if _has_it(request, found):
+        return Response(status_code=304, headers=_etag(found))
+    content = await runtime.call(tasks.read_file, found)
+    return Response(content, headers=_etag(found), media_type="application/octet-stream")
+
+
+@router.get(
+    "/v1/tasks/{task}/versions/{version}/config",
+    summary="Download a prompt's configuration",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/json": {"schema": {"type": "object"}}}},
+        304: {"description": "The client has it already."},
+        **_DOWNLOAD,
+    },
+)
+async def get_config(
+    task: str, version: VersionNumber, request: Request, runtime: ReadyRuntime, caller: CurrentCaller
+) -> Response:
+    """`adapter_config.json` as uploaded. A version never changes, so its digest is the `ETag` here too."""
+    tasks = runtime.parts.tasks
+    found = (await runtime.call(tasks.get_version, caller.tenant, task, version)).version
+    if _has_it(request, found):
+        return Response(status_code=304, headers=_etag(found))
+    content = await runtime.call(tasks.read_config, found)
+    return Response(content, headers=_etag(found), media_type="application/json")
+
+
+def _etag(version: PromptVersion) -> dict[str, str]:
+    return {"etag": f'"{version.digest}"'}
+
+
+def _has_it(request: Request, version: PromptVersion) -> bool:
+    """If-None-Match, compared weakly, as a GET's is."""
+    given = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    return "*" in given or f'"{version.digest}"' in given
+
+
+def _note(context: RequestContext, version: PromptVersion) -> None:
+    context.task, context.digest = version.task, version.digest

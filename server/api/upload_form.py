@@ -1,0 +1,143 @@
+"""The multipart form of an upload, read part by part and checked field by field.
+
+Starlette's parser keeps large parts in unnamed temporary files, which are gone when the form is closed; the middleware
+counts the bytes. Nothing reaches the store before the whole form is sound.
+"""
+
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from server.api.strict_json import parse_json
+from server.errors import InvalidRequestError
+from server.runtime.tasks import PromptUpload
+
+MAX_FIELD_BYTES = 64 * 1024
+MAX_INT_DIGITS = 9
+# More than there are fields, so that an unknown one is read far enough to be named.
+MAX_PARTS = 16
+FILE_FIELDS = ("file", "config")
+TEXT_FIELDS = ("activate", "expected_version", "metadata", "task_index")
+
+OPENAPI_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": list(FILE_FIELDS),
+                    "additionalProperties": False,
+                    "properties": {
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "`adapter_model.safetensors`, as PEFT's `save_pretrained` writes it.",
+                        },
+                        "config": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "`adapter_config.json`, as PEFT's `save_pretrained` writes it.",
+                        },
+                        "activate": {
+                            "type": "string",
+                            "enum": ["true", "false"],
+                            "default": "true",
+                            "description": "Let requests use the version at once.",
+                        },
+                        "expected_version": {
+                            "type": "integer",
+                            "minimum": 0,
+                            "description": "Refuse (409) unless this version is active now; 0: unless the task is new.",
+                        },
+                        "metadata": {"type": "string", "description": "A JSON object to keep with the version."},
+                        "task_index": {
+                            "type": "integer",
+                            "minimum": 0,
+                            "description": "Which task of a MULTITASK_PROMPT_TUNING file it is.",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+async def read_upload(request: Request, task: str) -> PromptUpload:
+    """Raises InvalidRequestError naming the field, or PayloadTooLargeError."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        raise InvalidRequestError("Content-Type must be multipart/form-data.", code="unsupported_content_type")
+    try:
+        async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=MAX_FIELD_BYTES) as form:
+            return await _to_upload(form, task)
+    except HTTPException as error:
+        raise InvalidRequestError(f"The form cannot be read: {error.detail}") from None
+
+
+async def _to_upload(form: FormData, task: str) -> PromptUpload:
+    names = [name for name, _ in form.multi_items()]
+    for name in names:
+        if name not in FILE_FIELDS + TEXT_FIELDS:
+            raise InvalidRequestError(f"Unknown field {name[:100]!r}.", param=name[:100])
+        if names.count(name) > 1:
+            raise InvalidRequestError(f"Field {name!r} is given twice.", param=name)
+    return PromptUpload(
+        task=task,
+        file=await _read_file(form, "file"),
+        config=await _read_file(form, "config"),
+        activate=_read_bool(form, "activate", default=True),
+        expected_version=_read_int(form, "expected_version"),
+        metadata=_read_object(form, "metadata"),
+        task_index=_read_int(form, "task_index"),
+    )
+
+
+async def _read_file(form: FormData, name: str) -> bytes:
+    value = form.get(name)
+    if value is None:
+        raise InvalidRequestError(f"Field {name!r} is required.", param=name)
+    if isinstance(value, UploadFile):
+        return await value.read()
+    # Sent without a file name: small enough to be taken as it is.
+    return value.encode("utf-8", "surrogateescape")
+
+
+def _read_text(form: FormData, name: str) -> str | None:
+    value = form.get(name)
+    if isinstance(value, UploadFile):
+        raise InvalidRequestError(f"{name}: must be a field, not a file", param=name)
+    return value
+
+
+def _read_bool(form: FormData, name: str, *, default: bool) -> bool:
+    text = _read_text(form, name)
+    if text is None:
+        return default
+    if text not in ("true", "false"):
+        raise InvalidRequestError(f"{name}: must be 'true' or 'false'", param=name)
+    return text == "true"
+
+
+def _read_int(form: FormData, name: str) -> int | None:
+    text = _read_text(form, name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_INT_DIGITS):
+        raise InvalidRequestError(f"{name}: must be an integer from 0 to {10**MAX_INT_DIGITS - 1}", param=name)
+    return int(text)
+
+
+def _read_object(form: FormData, name: str) -> dict[str, Any] | None:
+    text = _read_text(form, name)
+    if text is None:
+        return None
+    try:
+        value = parse_json(text.encode("utf-8", "surrogatepass"))
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{name}: {error.message.replace('The body', 'it')}", param=name) from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{name}: must be a JSON object", param=name)
+    return value

@@ -1,0 +1,179 @@
+"""The command line's way to a running server: one small HTTP client over the routes of `/v1/tasks`.
+
+Owns addresses, the key, time limits, and the translation of failures into exit codes and advice. Refuses to know how
+results are shown.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+from urllib.parse import quote
+
+import httpx
+
+from server.cli.output import ExitCode, fail
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+PROMPT_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_PAGE = 100
+
+_EXIT_CODES = {
+    400: ExitCode.REFUSED,
+    401: ExitCode.DENIED,
+    403: ExitCode.DENIED,
+    404: ExitCode.NOT_FOUND,
+    409: ExitCode.CONFLICT,
+    413: ExitCode.REFUSED,
+    415: ExitCode.REFUSED,
+    422: ExitCode.REFUSED,
+    429: ExitCode.BUSY,
+    503: ExitCode.BUSY,
+}
+_HINTS = {
+    401: "give a key with --key or PROMPTMUX_KEY; `promptmux keys create` makes one",
+    403: "use a key with the scope that this needs: `promptmux keys create --scope write`",
+    404: "`promptmux ls` shows the tasks that this key sees",
+    409: "`promptmux show TASK` tells what is active now",
+    413: "the server's max_upload_bytes is the limit",
+    415: "the file must be the adapter_model.safetensors that PEFT's save_pretrained wrote",
+    422: "train the prompt on the backbone that the server runs (`curl URL/v1/models` names it)",
+    429: "wait a moment, then run the command again",
+    503: "wait a moment, then run the command again; URL/readyz tells whether the server is loading or draining",
+}
+
+
+class TaskClient:
+    """Calls the server at `url`. Every failure ends the command with its exit code and a hint (`typer.Exit`)."""
+
+    def __init__(self, url: str, key: str | None, *, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._http = httpx.Client(
+                base_url=self.url,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=httpx.Timeout(60.0, connect=5.0),
+                transport=transport,
+            )
+        except (httpx.InvalidURL, ValueError, TypeError) as error:
+            fail(f"{url!r} is not an address: {error}", code=ExitCode.USAGE, hint=f"--url {DEFAULT_URL}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def upload(self, task: str, folder: Path, fields: Mapping[str, str]) -> dict[str, Any]:
+        """Uploads the prompt in `folder`; returns the version object. `fields` are the form's optional fields."""
+        with (folder / PROMPT_FILE).open("rb") as file, (folder / CONFIG_FILE).open("rb") as config:
+            response = self._send(
+                "POST",
+                f"/v1/tasks/{_segment(task)}/versions",
+                data=dict(fields),
+                files={
+                    "file": (PROMPT_FILE, file, "application/octet-stream"),
+                    "config": (CONFIG_FILE, config, "application/json"),
+                },
+            )
+        return _as_object(response) | {"was_new": response.status_code == httpx.codes.CREATED}
+
+    def tasks(self) -> Iterator[dict[str, Any]]:
+        """All tasks of the caller, page by page."""
+        yield from self._pages("/v1/tasks", "task")
+
+    def versions(self, task: str) -> Iterator[dict[str, Any]]:
+        """All versions of a task, page by page."""
+        yield from self._pages(f"/v1/tasks/{_segment(task)}/versions", "version")
+
+    def task(self, task: str) -> dict[str, Any]:
+        return _as_object(self._send("GET", f"/v1/tasks/{_segment(task)}"))
+
+    def version(self, task: str, version: int) -> dict[str, Any]:
+        return _as_object(self._send("GET", f"/v1/tasks/{_segment(task)}/versions/{version}"))
+
+    def activate(self, task: str, version: int, *, expected_version: int | None) -> dict[str, Any]:
+        """Makes `version` active if `expected_version` still is."""
+        change: dict[str, int] = {"active_version": version}
+        if expected_version is not None:
+            change["expected_version"] = expected_version
+        return _as_object(self._send("PATCH", f"/v1/tasks/{_segment(task)}", json=change))
+
+    def delete(self, task: str) -> None:
+        self._send("DELETE", f"/v1/tasks/{_segment(task)}")
+
+    def download(self, task: str, version: int) -> tuple[bytes, bytes]:
+        """The prompt file and its configuration as uploaded; the file is checked against its digest."""
+        expected = str(self.version(task, version).get("digest", ""))
+        base = f"/v1/tasks/{_segment(task)}/versions/{version}"
+        file = self._send("GET", f"{base}/file").content
+        found = hashlib.sha256(file).hexdigest()
+        if found != expected.removeprefix("sha256:"):
+            fail(f"{task}@{version} arrived with digest {found}, not {expected}", hint="run the command again")
+        return file, self._send("GET", f"{base}/config").content
+
+    def _pages(self, path: str, name: str) -> Iterator[dict[str, Any]]:
+        after: str | None = None
+        while True:
+            query: dict[str, str | int] = {"limit": _PAGE} if after is None else {"limit": _PAGE, "after": after}
+            page = _as_object(self._send("GET", path, params=query))
+            items = page.get("data")
+            if not isinstance(items, list) or not all(isinstance(item, dict) and name in item for item in items):
+                self._not_ours()
+            yield from items
+            if not page.get("has_more") or not items:
+                return
+            after = str(items[-1][name])
+
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx.UnsupportedProtocol:
+            fail(f"{self.url!r} is not an address", code=ExitCode.USAGE, hint=f"--url {DEFAULT_URL}")
+        except httpx.TransportError as error:
+            fail(
+                f"no server answers at {self.url} ({error or type(error).__name__})",
+                code=ExitCode.UNREACHABLE,
+                hint="start one with `promptmux serve`, or give its address with --url or PROMPTMUX_URL",
+            )
+        if not response.is_success:
+            hint = _HINTS.get(response.status_code, "the server's log has a line with this request's id")
+            fail(
+                _error_message(response),
+                code=_EXIT_CODES.get(response.status_code, ExitCode.FAILED),
+                hint=hint.replace("URL", self.url),
+            )
+        return response
+
+    def _not_ours(self) -> NoReturn:
+        fail(f"{self.url} answers, but not as a promptmux server", code=ExitCode.UNREACHABLE, hint="check --url")
+
+
+def _segment(name: str) -> str:
+    return quote(name, safe="")
+
+
+def _as_object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        fail(f"{response.url} answers, but not as a promptmux server", code=ExitCode.UNREACHABLE, hint="check --url")
+    return body
+
+
+def _error_message(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        message, param = str(error["message"]), error.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message, param = response.reason_phrase, None
+    where = f" (field {param})" if param else ""
+    request_id = response.headers.get("x-request-id")
+    tail = f" [request {request_id}]" if request_id and response.is_server_error else ""
+    return f"{message}{where} (HTTP {response.status_code}){tail}"

@@ -1,0 +1,149 @@
+"""A request for text, turned into rows.
+
+Owns what a request must satisfy before the engine sees it (tokens in the vocabulary, a prompt and its new tokens within
+the backbone's length, a budget for the whole request) and how one seed becomes a seed a row. Refuses to know HTTP, JSON
+and how rows are run.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from server.engine.request import PromptRef, RowRequest, SamplingParams
+from server.errors import ContextLengthExceededError, InvalidRequestError
+from server.runtime.tokens import TokenCodec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """What a client asked for, checked field by field, nothing looked up yet.
+
+    `prompts[i]` is text or token ids and is answered by the task that `references[i]` names; the two are as long as
+    each other and not empty. `sampling.seed` is the request's seed or None; each row gets one of its own from it.
+    """
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    references: tuple[str, ...]
+    n: int
+    sampling: SamplingParams
+    add_special_tokens: bool = True
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.prompts) * self.n
+
+    @property
+    def num_chars(self) -> int:
+        """Characters to tokenise; a text sent to many tasks counts once."""
+        return sum(len(text) for text in {prompt for prompt in self.prompts if isinstance(prompt, str)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationItem:
+    """One prompt text with the task that answers it. `text` is None when the client sent token ids."""
+
+    reference: str
+    text: str | None
+    token_ids: tuple[int, ...]
+    prompt: PromptRef | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """Rows ready for the engine: row `item * n + j` is sample j of that item."""
+
+    generation_id: str
+    tenant: str
+    items: tuple[GenerationItem, ...]
+    n: int
+    rows: tuple[RowRequest, ...]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """The client's tokens, an item's counted once however many samples it has."""
+        return sum(len(item.token_ids) for item in self.items)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return sum(item.prompt.num_virtual_tokens for item in self.items if item.prompt is not None)
+
+    @property
+    def digests(self) -> tuple[str | None, ...]:
+        """Distinct digests in order of items; None stands for the bare backbone."""
+        return tuple(dict.fromkeys(item.prompt.digest if item.prompt is not None else None for item in self.items))
+
+
+def derive_seed(seed: int, item: int, sample: int) -> int:
+    """The seed of one row: 63 bits of SHA-256 over the request's seed, the item's number and the sample's number.
+
+    Rows of one request differ, and each is the same whenever the request is repeated, whatever else is in the batch.
+    """
+    digest = hashlib.sha256(f"{seed}:{item}:{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def tokenize(spec: GenerationSpec, codec: TokenCodec) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each item. A text that several items share is tokenised once. Raises InvalidRequestError."""
+    encoded: dict[str, tuple[int, ...]] = {}
+    token_ids: list[tuple[int, ...]] = []
+    for index, prompt in enumerate(spec.prompts):
+        if not isinstance(prompt, str):
+            token_ids.append(prompt)
+            continue
+        if prompt not in encoded:
+            encoded[prompt] = codec.encode(prompt, add_special_tokens=spec.add_special_tokens)
+        if not encoded[prompt]:
+            param = "prompt" if len(spec.prompts) == 1 else f"prompt.{index}"
+            raise InvalidRequestError("The prompt has no tokens.", param=param)
+        token_ids.append(encoded[prompt])
+    return tuple(token_ids)
+
+
+def make_generation(
+    spec: GenerationSpec,
+    *,
+    generation_id: str,
+    tenant: str,
+    token_ids: Sequence[tuple[int, ...]],
+    prompts: Mapping[str, PromptRef | None],
+    max_model_len: int,
+) -> Generation:
+    """Rows of `spec`. `prompts` holds what each reference resolved to.
+
+    Raises ContextLengthExceededError when an item, its virtual tokens and its new tokens do not fit together.
+    """
+    base_seed = spec.sampling.seed if spec.sampling.seed is not None else secrets.randbits(63)
+    items: list[GenerationItem] = []
+    rows: list[RowRequest] = []
+    for index, (prompt, reference, ids) in enumerate(zip(spec.prompts, spec.references, token_ids, strict=True)):
+        ref = prompts[reference]
+        check_length(len(ids), ref.num_virtual_tokens if ref else 0, spec.sampling.max_tokens, max_model_len)
+        text = prompt if isinstance(prompt, str) else None
+        items.append(GenerationItem(reference=reference, text=text, token_ids=ids, prompt=ref))
+        for sample in range(spec.n):
+            rows.append(
+                RowRequest(
+                    row_id=f"{generation_id}-{index * spec.n + sample}",
+                    tenant=tenant,
+                    token_ids=ids,
+                    prompt=ref,
+                    sampling=replace(spec.sampling, seed=derive_seed(base_seed, index, sample)),
+                )
+            )
+    return Generation(generation_id=generation_id, tenant=tenant, items=tuple(items), n=spec.n, rows=tuple(rows))
+
+
+def check_length(num_tokens: int, num_virtual_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    """Raises ContextLengthExceededError unless all of it fits."""
+    total = num_tokens + num_virtual_tokens + max_tokens
+    if total <= max_model_len:
+        return
+    virtual = f", {num_virtual_tokens} virtual" if num_virtual_tokens else ""
+    fits_alone = num_tokens + num_virtual_tokens < max_model_len
+    raise ContextLengthExceededError(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested {total} tokens "
+        f"({num_tokens} in the prompt{virtual}, {max_tokens} in the completion). Please reduce the length of the "
+        "prompt or completion.",
+        param="max_tokens" if fits_alone else "prompt",
+    )

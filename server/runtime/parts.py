@@ -1,0 +1,81 @@
+"""What a loaded server consists of, and how it is put together in the background while the server already listens."""
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from prompt_store.errors import PromptStoreError
+from prompt_store.manifest import StoreLimits
+from prompt_store.store import PromptStore
+from server import __version__
+from server.metrics import Metrics
+from server.runtime.demo import load_demo_prompts
+from server.runtime.protocols import BackboneLike, Deliver, EngineLike, LoadPrompt
+from server.runtime.stats import TaskStatsTable
+from server.runtime.tasks import TaskService, load_prompt
+from server.runtime.tokens import TokenCodec
+from server.settings import Settings
+
+LoadBackbone = Callable[[Settings], BackboneLike]
+MakeEngine = Callable[[BackboneLike, Settings, Metrics, LoadPrompt], EngineLike]
+
+
+class StartError(RuntimeError):
+    """The server cannot start; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    backbone: BackboneLike
+    codec: TokenCodec
+    engine: EngineLike
+    tasks: TaskService
+
+
+def open_store(settings: Settings) -> PromptStore:
+    """The store, which does not know its backbone yet. Raises StartError, for instance when another server has it."""
+    limits = StoreLimits(max_file_bytes=settings.max_upload_bytes, max_virtual_tokens=settings.max_virtual_tokens)
+    try:
+        return PromptStore.open(settings.data_dir, limits=limits)
+    except PromptStoreError as error:
+        raise StartError(error.message) from error
+
+
+def load_parts(
+    settings: Settings,
+    metrics: Metrics,
+    stats: TaskStatsTable,
+    store: PromptStore,
+    *,
+    load_backbone: LoadBackbone,
+    make_engine: MakeEngine,
+    deliver: Deliver,
+) -> Parts:
+    """Loads the backbone, starts the engine, adds the demo prompts. Takes seconds; blocking.
+
+    Raises what `load_backbone` and `make_engine` raise; no engine runs then.
+    """
+    backbone = load_backbone(settings)
+    store.use_backbone(backbone.shape(settings.max_virtual_tokens))
+    engine = make_engine(backbone, settings, metrics, partial(load_prompt, store, metrics))
+    if settings.demo_dir is not None:
+        load_demo_prompts(store, settings.demo_dir)
+    engine.start(deliver)
+    tasks = TaskService(store, engine, stats, metrics, backbone.name)
+    try:
+        tasks.refresh()
+    except BaseException:
+        engine.stop(0.0)
+        raise
+    metrics.set_build_info(
+        version=__version__,
+        torch=importlib.metadata.version("torch"),
+        backbone=backbone.name,
+        device=backbone.device_name,
+        dtype=backbone.dtype_name,
+        path=backbone.path,
+    )
+    return Parts(
+        backbone=backbone, codec=TokenCodec(backbone.tokenizer, backbone.vocab_size), engine=engine, tasks=tasks
+    )

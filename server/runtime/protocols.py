@@ -1,0 +1,95 @@
+"""What the runtime needs of the backbone and the engine, and nothing more.
+
+The engine's own classes satisfy these protocols; so does the fake that the tests of HTTP run on. Torch stays out.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from prompt_store.manifest import BackboneShape, SoftPrompt
+from server.engine.request import PromptRef, RowOutput, RowRequest
+
+Residency = Literal["device", "host", "store"]
+Deliver = Callable[[Sequence[RowOutput]], None]
+LoadPrompt = Callable[[PromptRef], SoftPrompt]
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers fast tokenizer that HTTP needs. Encoding and decoding are thread-safe."""
+
+    @property
+    def all_special_ids(self) -> Sequence[int]: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+        """A mapping whose `input_ids` are the text's token ids."""
+        ...
+
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str: ...
+
+
+class BackboneLike(Protocol):
+    """The loaded backbone as seen from outside the engine."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights, 64 hex digits."""
+        ...
+
+    @property
+    def path(self) -> Literal["packed", "dense"]: ...
+    @property
+    def dtype_name(self) -> str: ...
+    @property
+    def device_name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_model_len(self) -> int:
+        """Virtual, prompt and new tokens together."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """A `Tokenizer`; the hints of transformers' own class are too wide to say so."""
+        ...
+
+    def shape(self, max_virtual_tokens: int) -> BackboneShape: ...
+
+
+class EngineStatusLike(Protocol):
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def kv_usage_ratio(self) -> float: ...
+    @property
+    def prompts_resident(self) -> int: ...
+    @property
+    def heartbeat_age_s(self) -> float: ...
+    @property
+    def failure(self) -> str | None: ...
+
+
+class EngineLike(Protocol):
+    """The step loop. All methods may be called from any thread."""
+
+    def start(self, deliver: Deliver) -> None:
+        """Starts the engine's thread, which calls `deliver` once a step."""
+        ...
+
+    def submit(self, rows: Sequence[RowRequest]) -> None:
+        """Takes all rows or none. Raises `QueueFullError`, `DrainingError` or `EngineFailedError`."""
+        ...
+
+    def cancel(self, row_ids: Iterable[str]) -> None: ...
+    def status(self) -> EngineStatusLike: ...
+    def residency(self, prefix_key: str) -> Residency: ...
+    def evict(self, prefix_key: str) -> None: ...
+    def pin(self, refs: Sequence[PromptRef]) -> None: ...
+    def start_drain(self) -> None: ...
+    def stop(self, timeout_s: float) -> None: ...

@@ -1,0 +1,74 @@
+"""Text to token ids and back, by the backbone's tokenizer.
+
+Owns what a single token reads as in log-probabilities. Refuses to know requests. Virtual tokens have no id and never
+come here.
+"""
+
+from collections.abc import Sequence
+
+from server.runtime.protocols import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TokenCodec:
+    """Encodes, decodes and names tokens. Any thread may use it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+        # Bounded by the vocabulary.
+        self._texts: dict[int, str] = {}
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of `text`. Takes about a millisecond a kilobyte: long texts belong in a thread."""
+        return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def text_of(self, token_id: int) -> str:
+        """What one token adds to a text, its leading space included; bytes of half a character read as U+FFFD."""
+        text = self._texts.get(token_id)
+        if text is None:
+            # Tokenizers of the sentencepiece family drop the space of a text's first token, not of its second.
+            alone, twice = self.decode([token_id]), self.decode([token_id, token_id])
+            text = twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
+            self._texts[token_id] = text
+        return text
+
+
+class OffsetCounter:
+    """Counts where each token of one text begins, in characters, token by token.
+
+    A character whose bytes are spread over several tokens begins where the first of them does. Special tokens take
+    no room when they are skipped in the text.
+    """
+
+    # No character has more bytes; bytes that never become one must not be held for ever.
+    _MAX_HELD = 4
+
+    def __init__(self, codec: TokenCodec, *, skip_special_tokens: bool) -> None:
+        self._codec = codec
+        self._skips_special = skip_special_tokens
+        self._offset = 0
+        self._held: list[int] = []
+
+    def advance(self, token_id: int) -> int:
+        """The offset at which `token_id` begins; the counter moves past it."""
+        start = self._offset
+        if self._skips_special and token_id in self._codec.special_ids:
+            return start
+        text = self._codec.text_of(token_id)
+        if not self._held and not text.endswith(REPLACEMENT):
+            self._offset += len(text)
+            return start
+        self._held.append(token_id)
+        held_text = self._codec.decode(self._held)
+        if not held_text.endswith(REPLACEMENT) or len(self._held) >= self._MAX_HELD:
+            self._offset += len(held_text)
+            self._held.clear()
+        return start

@@ -1,0 +1,247 @@
+"""Keys, scopes and tenants: closed by default, and no tenant sees another's tasks."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+
+from prompt_store.store import PromptStore
+from server.api.auth import OPEN_PATHS, required_scope
+from server.app import ROUTERS
+from tests.fakes import make_prompt_config, make_prompt_file
+from tests.unit.api.live_server import LiveServer, running_server
+
+ROUTES = [
+    (method, re.sub(r"\{[^}]*\}", "1", route.path))
+    for router in ROUTERS
+    for route in router.routes
+    if isinstance(route, APIRoute)
+    for method in sorted(route.methods)
+]
+UNROUTED = [("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/redoc"), ("GET", "/nope"), ("POST", "/v1/nope")]
+
+
+class Keys:
+    def __init__(self, data_dir: Path) -> None:
+        with PromptStore.open(data_dir) as store:
+            self.ids: dict[str, str] = {}
+            self.infer = self._make(store, "acme", ["infer"])
+            self.write = self._make(store, "acme", ["write"])
+            self.admin = self._make(store, "acme", ["admin"])
+            self.other = self._make(store, "other", ["infer", "write"])
+            self.shared = self._make(store, "shared", ["write"])
+
+    def _make(self, store: PromptStore, tenant: str, scopes: list[str]) -> str:
+        key, secret = store.create_key(tenant, scopes)
+        self.ids[secret] = key.id
+        return secret
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServer, Keys]]:
+    data_dir = tmp_path_factory.mktemp("data")
+    keys = Keys(data_dir)
+    with running_server(data_dir) as live:
+        assert live.upload("mine", 0.1, key=keys.write).status_code == 201
+        assert live.upload("theirs", 0.2, key=keys.other).status_code == 201
+        assert live.upload("common", 0.3, key=keys.shared).status_code == 201
+        assert live.upload("both", 0.4, key=keys.shared).status_code == 201
+        assert live.upload("both", 0.5, key=keys.write).status_code == 201
+        yield live, keys
+
+
+def call(live: LiveServer, method: str, path: str, key: str | None = None, **arguments: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with live.client() as client:
+        return client.request(method, path, headers=headers, **arguments)
+
+
+def test_the_walk_sees_every_route(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+    documented = call(live, "GET", "/openapi.json", keys.infer).json()["paths"]
+
+    assert set(documented) == {
+        route.path.replace(":path", "") for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)
+    }
+    assert len(ROUTES) > 15
+
+
+@pytest.mark.parametrize(("method", "path"), [r for r in ROUTES if r[1] not in OPEN_PATHS] + UNROUTED)
+def test_every_other_route_needs_a_key(keyed: tuple[LiveServer, Keys], method: str, path: str) -> None:
+    live, _ = keyed
+    wrong = ["", "Bearer", "Bearer pm_wrong", "Basic pm_wrong", "bearer \xff\xfe", "Bearer " + "x" * 8000]
+    with live.client() as client:
+        answers = [client.request(method, path)]
+        answers += [client.request(method, path, headers={"authorization": text.encode("latin-1")}) for text in wrong]
+
+    for response in answers:
+        assert response.status_code == 401, response.text
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", sorted(OPEN_PATHS))
+def test_open_routes_need_none(keyed: tuple[LiveServer, Keys], path: str) -> None:
+    assert call(keyed[0], "GET", path).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), [r for r in ROUTES if r[1] not in OPEN_PATHS])
+def test_every_route_has_a_scope(method: str, path: str) -> None:
+    scope = required_scope(method, path)
+
+    assert scope is not None
+    if path.startswith("/v1/tasks") and (method != "GET" or path.endswith(("/file", "/config"))):
+        assert scope == "write"
+    else:
+        assert scope == "infer"
+
+
+def test_refusals_are_counted_under_their_route(keyed: tuple[LiveServer, Keys]) -> None:
+    live, _ = keyed
+    for path, endpoint in (("/v1/tasks/mine", "/v1/tasks/{task}"), ("/nope", "other")):
+        before = live.metric("requests_total", endpoint=endpoint, status="401")
+        call(live, "GET", path)
+        live.wait_for_metric(before + 1, "requests_total", endpoint=endpoint, status="401")
+
+
+def test_scopes_are_asked_for(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+    completion = {"json": {"model": "mine", "prompt": "x"}}
+
+    assert call(live, "POST", "/v1/completions", keys.infer, **completion).status_code == 200
+    assert call(live, "POST", "/v1/completions", keys.admin, **completion).status_code == 200
+    refused = call(live, "POST", "/v1/completions", keys.write, **completion)
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "insufficient_scope"
+    assert call(live, "PATCH", "/v1/tasks/mine", keys.infer, json={"pinned": True}).status_code == 403
+    assert call(live, "DELETE", "/v1/tasks/mine", keys.infer).status_code == 403
+    assert call(live, "GET", "/v1/tasks/mine/versions/1/file", keys.infer).status_code == 403
+    assert call(live, "GET", "/v1/tasks/mine/versions/1/file", keys.write).status_code == 200
+    assert live.upload("mine", 0.9, key=keys.infer).status_code == 403
+
+
+def test_own_name_comes_before_the_shared_one(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+
+    def digest(key: str) -> str:
+        answer = call(live, "POST", "/v1/completions", key, json={"model": "both", "prompt": "x"}).json()
+        return str(answer["prompt"]["digest"])
+
+    assert digest(keys.infer) != digest(keys.other)
+    assert call(live, "GET", "/v1/tasks/both", keys.infer).json()["tenant"] == "acme"
+    assert call(live, "GET", "/v1/tasks/both", keys.other).json()["tenant"] == "shared"
+
+
+def test_deleted_own_name_still_shadows_the_shared_one(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+    assert live.upload("veiled", 0.3, key=keys.shared).status_code == 201
+    assert live.upload("veiled", 0.4, key=keys.write).status_code == 201
+    assert call(live, "DELETE", "/v1/tasks/veiled", keys.write).status_code == 200
+
+    for key, status in ((keys.infer, 404), (keys.other, 200)):
+        assert call(live, "GET", "/v1/tasks/veiled", key).status_code == status
+        assert call(live, "POST", "/v1/completions", key, json={"model": "veiled", "prompt": "x"}).status_code == status
+        listed = [task["task"] for task in call(live, "GET", "/v1/tasks", key).json()["data"]]
+        assert ("veiled" in listed) is (status == 200)
+    assert call(live, "DELETE", "/v1/tasks/veiled", keys.admin).status_code == 404
+    assert call(live, "DELETE", "/v1/tasks/veiled", keys.shared).status_code == 200
+
+
+def test_foreign_task_is_the_same_404_as_an_unknown_one(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+
+    def ask(method: str, path: str, name: str) -> tuple[int, str]:
+        body = {"json": {"model": name, "prompt": "x"}} if method == "POST" else {}
+        if method == "PATCH":
+            body = {"json": {"pinned": True}}
+        response = call(live, method, path.replace("NAME", name), keys.admin, **body)
+        return response.status_code, response.text.replace(name, "NAME")
+
+    for method, path in [
+        ("POST", "/v1/completions"),
+        ("GET", "/v1/models/NAME"),
+        ("GET", "/v1/tasks/NAME"),
+        ("GET", "/v1/tasks/NAME/versions"),
+        ("GET", "/v1/tasks/NAME/versions/1"),
+        ("GET", "/v1/tasks/NAME/versions/1/file"),
+        ("GET", "/v1/tasks/NAME/stats"),
+        ("PATCH", "/v1/tasks/NAME"),
+        ("DELETE", "/v1/tasks/NAME"),
+        ("DELETE", "/v1/tasks/NAME/versions/1"),
+    ]:
+        foreign, unknown = ask(method, path, "theirs"), ask(method, path, "nobody")
+        assert foreign == unknown, path
+        assert foreign[0] == 404
+
+
+def test_lists_show_own_and_shared_tasks_alone(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+
+    tasks = call(live, "GET", "/v1/tasks", keys.infer).json()["data"]
+    models = call(live, "GET", "/v1/models", keys.infer).json()["data"]
+
+    assert [(task["task"], task["tenant"]) for task in tasks] == [
+        ("both", "acme"), ("common", "shared"), ("mine", "acme"),
+    ]  # fmt: skip
+    assert [model["id"] for model in models] == ["tiny/echo", "both", "common", "mine"]
+
+
+def test_writing_to_shared_needs_admin(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+    change = {"json": {"pinned": True}}
+
+    assert call(live, "PATCH", "/v1/tasks/common", keys.write, **change).status_code == 404
+    assert call(live, "PATCH", "/v1/tasks/common", keys.admin, **change).json()["tenant"] == "shared"
+
+
+def test_stats_count_the_callers_own_use(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+    for _ in range(3):
+        call(live, "POST", "/v1/completions", keys.infer, json={"model": "common", "prompt": "x"})
+
+    assert call(live, "GET", "/v1/tasks/common/stats", keys.infer).json()["requests"] == 3
+    assert call(live, "GET", "/v1/tasks/common/stats", keys.other).json()["requests"] == 0
+
+
+def test_revoked_key_stops_within_its_second_and_the_last_one_opens_nothing(data_dir: Path) -> None:
+    with PromptStore.open(data_dir) as store:
+        key, secret = store.create_key("acme", ["infer"])
+    with running_server(data_dir) as live:
+        assert call(live, "GET", "/v1/models", secret).status_code == 200
+        with PromptStore.open(data_dir, exclusive=False) as beside:
+            beside.revoke_key(key.id)
+
+        live.wait_until(lambda: call(live, "GET", "/v1/models", secret).status_code == 401)
+        assert call(live, "GET", "/v1/models").status_code == 401
+
+
+def test_first_key_closes_a_running_server(data_dir: Path) -> None:
+    with running_server(data_dir) as live:
+        assert call(live, "GET", "/v1/models").status_code == 200
+        with PromptStore.open(data_dir, exclusive=False) as beside:
+            _, secret = beside.create_key("acme", ["infer"])
+
+        live.wait_until(lambda: call(live, "GET", "/v1/models").status_code == 401)
+        assert call(live, "GET", "/v1/models", secret).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"), [(None, 200), ("SELF", 200), ("https://evil.example", 403), ("null", 403)]
+)
+def test_pages_of_other_origins_are_refused_without_keys(server: LiveServer, origin: str | None, status: int) -> None:
+    headers = {"origin": origin.replace("SELF", server.url)} if origin else {}
+
+    assert server.post({"model": "capital", "prompt": "x"}, headers=headers).status_code == status
+
+
+def test_upload_by_a_key_names_it(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+    files = {"file": make_prompt_file(0.7), "config": make_prompt_config()}
+
+    made = call(live, "POST", "/v1/tasks/named/versions", keys.write, files=files).json()
+
+    assert made["created_by"] == keys.ids[keys.write]

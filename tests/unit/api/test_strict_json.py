@@ -1,0 +1,52 @@
+"""Bodies that Python's own reader would take and this one does not."""
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.strict_json import parse_json
+from server.errors import InvalidRequestError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(JSON)
+def test_sound_json_reads_as_pythons_own_reader_reads_it(value: object) -> None:
+    body = json.dumps(value).encode()
+
+    assert parse_json(body) == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"a": NaN}', "a"),
+        (b'{"a": {"b": [1, -Infinity]}}', "a.b.1"),
+        (b'{"a": 1.0, "b": 1e999}', "b"),
+        (b"[0, -1e999]", "1"),
+        (b"Infinity", None),
+        (b'{"a": {"x": 1, "x": 1}}', "x"),
+        (b"\xff", None),
+        (b"{'a': 1}", None),
+        (b"", None),
+        (b"[" * 100_000, None),
+        (b"1" * 10_000, None),
+    ],
+)
+def test_what_is_not_one_value_is_refused_by_name(body: bytes, param: str | None) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        parse_json(body)
+    assert refused.value.param == param
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_raise_anything_else(body: bytes) -> None:
+    with contextlib.suppress(InvalidRequestError):
+        parse_json(body)

@@ -1,0 +1,117 @@
+"""The runtime over the echo engine, without HTTP: how outputs reach the loop, and what a request may ask for."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.engine.request import SamplingParams
+from server.errors import InvalidRequestError, LoadingError, TaskNotFoundError
+from server.metrics import Metrics
+from server.runtime.generation import GenerationSpec
+from server.runtime.service import Runtime
+from server.runtime.tasks import PromptUpload
+from server.settings import Settings
+from server.tenancy.keys import LOCAL_CALLER
+from tests.fakes import EchoServerParts, make_prompt_config, make_prompt_file
+
+
+def run(data_dir: Path, body: Callable[[Runtime, EchoServerParts], Awaitable[None]], **settings: Any) -> None:
+    async def main() -> None:
+        parts = EchoServerParts()
+        runtime = Runtime(
+            Settings(data_dir=data_dir, **settings),
+            Metrics(),
+            load_backbone=parts.load_backbone,
+            make_engine=parts.make_engine,
+        )
+        with pytest.raises(LoadingError):
+            runtime.check_ready()
+        await runtime.start()
+        await asyncio.wait_for(runtime.wait_until_settled(), 10)
+        try:
+            await body(runtime, parts)
+        finally:
+            await runtime.stop()
+            await runtime.stop()
+
+    asyncio.run(main())
+
+
+def make_spec(num_items: int = 1, *, reference: str = "tiny/echo", n: int = 1, max_tokens: int = 1) -> GenerationSpec:
+    return GenerationSpec(
+        prompts=("x",) * num_items,
+        references=(reference,) * num_items,
+        n=n,
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0),
+    )
+
+
+def test_a_step_costs_the_loop_one_call_however_many_rows_it_has(tmp_path: Path) -> None:
+    async def body(runtime: Runtime, parts: EchoServerParts) -> None:
+        assert parts.engine is not None
+        loop = asyncio.get_running_loop()
+        calls: list[str] = []
+        original = loop.call_soon_threadsafe
+
+        def counted(*arguments: Any, **keywords: Any) -> asyncio.Handle:
+            calls.append(threading.current_thread().name)
+            return original(*arguments, **keywords)
+
+        generation = await runtime.prepare(LOCAL_CALLER, make_spec(50, max_tokens=3))
+        parts.engine.gate.clear()
+        running = runtime.submit(generation, arrived_at_s=loop.time())
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign, assignment]
+        parts.engine.gate.set()
+        while not running.stream.is_finished:
+            await running.stream.read(5)
+
+        assert calls.count("echo-engine") == 3
+        assert running.meter.completion_tokens == 150
+        assert running.meter.finish_reason == "length"
+
+    run(tmp_path, body)
+
+
+def test_every_request_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def body(runtime: Runtime, parts: EchoServerParts) -> None:
+        for closes_early in (False, True):
+            generation = await runtime.prepare(LOCAL_CALLER, make_spec(4, max_tokens=50))
+            running = runtime.submit(generation, arrived_at_s=0.0)
+            assert runtime.num_running_requests == 1
+            while not closes_early and not running.stream.is_finished:
+                await running.stream.read(5)
+            running.stream.close()
+            assert runtime.num_running_requests == 0
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize(("spec", "param"), [(make_spec(4, n=3, max_tokens=10), "max_tokens"), (make_spec(11), "n")])
+def test_request_over_its_budget_is_refused(tmp_path: Path, spec: GenerationSpec, param: str) -> None:
+    async def body(runtime: Runtime, parts: EchoServerParts) -> None:
+        with pytest.raises(InvalidRequestError) as refused:
+            await runtime.prepare(LOCAL_CALLER, spec)
+        assert refused.value.param == param
+        await runtime.prepare(LOCAL_CALLER, make_spec(10, max_tokens=10))
+
+    run(tmp_path, body, max_request_tokens=100, max_waiting_rows=10)
+
+
+def test_row_holds_the_version_that_was_active_when_it_was_prepared(tmp_path: Path) -> None:
+    async def body(runtime: Runtime, parts: EchoServerParts) -> None:
+        tasks = runtime.parts.tasks
+        for value in (0.1, 0.2):
+            upload = PromptUpload(task="t", file=make_prompt_file(value), config=make_prompt_config())
+            view, is_new = await runtime.call(tasks.upload, LOCAL_CALLER, upload)
+            assert is_new
+            generation = await runtime.prepare(LOCAL_CALLER, make_spec(reference="t"))
+            assert generation.rows[0].prompt is not None
+            assert generation.rows[0].prompt.digest == view.version.digest
+        with pytest.raises(TaskNotFoundError):
+            await runtime.prepare(LOCAL_CALLER, make_spec(reference="nobody"))
+
+    run(tmp_path, body)

@@ -1,0 +1,80 @@
+"""Token texts and offsets against a real transformers tokenizer's own decoding."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from server.runtime.tokens import REPLACEMENT, OffsetCounter, TokenCodec
+from tests.fakes import BOS_ID, VOCAB_SIZE, ByteTokenizer
+
+
+def make_byte_level() -> TokenCodec:
+    """Like GPT-2's: each token is bytes, a space belongs to the word behind it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(alphabet)} | {"ĠParis": 256, "<s>": 257}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    return TokenCodec(fast, len(vocabulary))
+
+
+def make_metaspace() -> TokenCodec:
+    """Like Llama 2's: decoding drops the space of the first token."""
+    vocabulary = {"<unk>": 0, "▁Paris": 1, "▁is": 2, "s": 3, "▁": 4}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    return TokenCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer), len(vocabulary))
+
+
+def test_tokens_of_both_families_keep_their_space() -> None:
+    assert make_byte_level().text_of(256) == " Paris"
+    assert make_metaspace().text_of(1) == " Paris"
+    assert make_metaspace().text_of(3) == "s"
+
+
+def test_special_token_has_its_name() -> None:
+    assert make_byte_level().text_of(257) == "<s>"
+    assert 257 in make_byte_level().special_ids
+
+
+def test_half_a_character_reads_as_the_replacement() -> None:
+    assert TokenCodec(ByteTokenizer(), VOCAB_SIZE).text_of("é".encode()[0]) == REPLACEMENT
+
+
+@given(st.text(max_size=40))
+def test_every_character_begins_where_its_first_byte_does(text: str) -> None:
+    codec = TokenCodec(ByteTokenizer(), VOCAB_SIZE)
+    counter = OffsetCounter(codec, skip_special_tokens=True)
+
+    found = [counter.advance(token_id) for token_id in codec.encode(text, add_special_tokens=True)]
+
+    expected = [0] + [index for index, character in enumerate(text) for _ in character.encode()]
+    assert found == expected
+
+
+def test_special_tokens_take_room_when_they_are_shown() -> None:
+    codec = TokenCodec(ByteTokenizer(), VOCAB_SIZE)
+    counter = OffsetCounter(codec, skip_special_tokens=False)
+
+    assert [counter.advance(token_id) for token_id in (BOS_ID, ord("a"), ord("b"))] == [0, 5, 6]
+
+
+@given(st.lists(st.integers(128, 255), min_size=1, max_size=30))
+def test_bytes_that_never_become_a_character_are_not_held_for_ever(ids: list[int]) -> None:
+    codec = TokenCodec(ByteTokenizer(), VOCAB_SIZE)
+    counter = OffsetCounter(codec, skip_special_tokens=True)
+    offsets = [counter.advance(token_id) for token_id in ids]
+
+    assert offsets == sorted(offsets)
+    assert len(counter._held) < 4
+
+
+@pytest.mark.parametrize("text", ["plain", "", "naïve 日本 🎉"])
+def test_encode_and_decode_are_inverse(text: str) -> None:
+    codec = TokenCodec(ByteTokenizer(), VOCAB_SIZE)
+
+    assert codec.decode(codec.encode(text, add_special_tokens=True), skip_special_tokens=True) == text
