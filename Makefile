@@ -55,7 +55,10 @@ format: $(SETUP_DONE) ## repair what the linter and the formatter can
 	$(BIN)/ruff format .
 
 bench: $(SETUP_DONE) ## run the benchmarks (benchmarks/bench_*.py, one question each)
-	@for question in benchmarks/bench_*.py; do echo "== $$question"; $(BIN)/python $$question $(ARGS) || exit 1; done
+	@for question in benchmarks/bench_*.py; do \
+		echo "== $$question"; \
+		$(BIN)/python -m "benchmarks.$$(basename $$question .py)" $(ARGS) || exit 1; \
+	done
 
 docs: $(SETUP_DONE) ## write the generated pages: docs/settings.md, docs/metrics.md
 	$(BIN)/python docs/generate.py

@@ -21,7 +21,7 @@ from prompt_store.blobs import BlobStore, FileBlobs
 from prompt_store.catalog import Catalog, Stored
 from prompt_store.custody import Custody
 from prompt_store.database import Database
-from prompt_store.errors import InvalidName, PromptStoreError
+from prompt_store.errors import InvalidName, PromptMismatch, PromptStoreError
 from prompt_store.faults import storage_errors
 from prompt_store.formats import check_file, read_soft_prompt
 from prompt_store.intake import check_metadata, check_size, read_upload
@@ -221,6 +221,13 @@ class PromptStore:
         """
         backbone = self._need_backbone()
         stored = self._get_sound(version)
+        if stored.version.backbone != backbone.fingerprint:
+            # Equal shapes are not enough: a prompt means something only to the weights that it was trained on.
+            raise PromptMismatch(
+                f"{version.task}@{version.version} was uploaded for the backbone with fingerprint "
+                f"{stored.version.backbone[:12]}…; this server runs {backbone.name}, {backbone.fingerprint[:12]}….",
+                param="model",
+            )
         file_bytes = self._custody.read(version, version.digest)
         config_bytes = self._custody.read(version, stored.config_digest)
         return read_soft_prompt(file_bytes, config_bytes, backbone=backbone, task_index=stored.version.task_index)

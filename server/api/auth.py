@@ -20,6 +20,7 @@ from server.tenancy.keys import Caller
 from server.tenancy.keys import Scope as KeyScope
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/version", "/metrics"})
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 # The first rule that matches holds. A path that none matches needs a key, of whatever scope.
@@ -62,7 +63,8 @@ class AuthMiddleware:
             except PromptStoreError as error:
                 raise to_client_error(error) from error
         if keys.is_keyless and _is_cross_origin(headers):
-            # Without keys, a page from elsewhere in a browser on this machine must not act for its user.
+            # Without keys, a page from elsewhere in a browser on this machine must not act for its user: not by its own
+            # name, and not by a name of its own that it has made point at this machine (DNS rebinding).
             raise PermissionDeniedError("Requests from pages of another origin need an API key.", code="cross_origin")
         needed = required_scope(scope["method"], scope["path"])
         if needed is not None and not caller.can(needed):
@@ -71,8 +73,10 @@ class AuthMiddleware:
 
 
 def _is_cross_origin(headers: Headers) -> bool:
-    origin = headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+    origin, host = headers.get("origin"), headers.get("host", "")
+    if origin is None:
+        return False
+    return urlsplit(origin).netloc != host or urlsplit(f"//{host}").hostname not in LOOPBACK_NAMES
 
 
 def caller_of(request: Request) -> Caller:

@@ -238,6 +238,13 @@ def test_pages_of_other_origins_are_refused_without_keys(server: LiveServer, ori
     assert server.post({"model": "capital", "prompt": "x"}, headers=headers).status_code == status
 
 
+def test_a_foreign_name_that_points_at_this_machine_is_a_foreign_origin(server: LiveServer) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    headers = {"host": f"evil.example:{port}", "origin": f"http://evil.example:{port}"}
+
+    assert server.post({"model": "capital", "prompt": "x"}, headers=headers).status_code == 403
+
+
 def test_upload_by_a_key_names_it(keyed: tuple[LiveServer, Keys]) -> None:
     live, keys = keyed
     files = {"file": make_prompt_file(0.7), "config": make_prompt_config()}

@@ -71,6 +71,16 @@ def test_upload_is_found_again_with_its_bytes_and_numbers(store: PromptStore) ->
     store.check_invariants()
 
 
+def test_prompt_of_another_backbone_is_not_loaded_although_its_shapes_fit(root: Path) -> None:
+    with PromptStore.open(root, backbone=BACKBONE) as store:
+        put(store, 1)
+    with PromptStore.open(root, backbone=dataclasses.replace(BACKBONE, fingerprint="cd" * 32)) as store:
+        version = store.resolve("acme", "task")
+        with pytest.raises(PromptMismatch, match="cdcdcdcdcdcd"):
+            store.load(version)
+        assert store.resolve("acme", "task").state == "active"
+
+
 def test_upload_takes_a_path(store: PromptStore, tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(make_file(seed=1))
