@@ -32,7 +32,7 @@ _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 
 TIERS = ("device", "host")
 STEP_PHASES = ("plan", "forward", "sample", "deliver")
-AUDIT_RESULTS = ("match", "mismatch", "skipped")
+AUDIT_RESULTS = ("match", "mismatch", "skipped", "error")
 BUILD_LABELS = ("version", "torch", "backbone", "device", "dtype", "path")
 
 

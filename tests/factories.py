@@ -1,10 +1,11 @@
 """Small real things for tests: random backbones of many architectures, and prompts that PEFT itself made and saved.
 
-Everything is made from fixed seeds and written to a folder that the caller names; nothing is downloaded. Refuses to know
-what is tested with it.
+Everything is made from fixed seeds and written to a folder that the caller names; nothing is downloaded. Refuses to
+know what is tested with it.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import peft
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from prompt_store.formats import check_file
 from prompt_store.manifest import BackboneShape, SoftPrompt
@@ -68,7 +69,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "n_layer": NUM_LAYERS, "n_head": 4},
     "falcon": _UNGROUPED,
 }
-"""Architectures as transformers calls them, each with what makes it differ: grouped queries, windows, experts, sinks."""
+"""Architectures as transformers calls them, with what makes each differ: grouped queries, windows, experts, sinks."""
 
 PREFIX_OVERRIDES: dict[str, dict[str, Any]] = {
     # PEFT does not know falcon's name for its one shared head and would size a prefix for all query heads.
@@ -84,7 +85,7 @@ def save_tiny_backbone(family: str, folder: Path, *, seed: int = 0) -> Path:
     """
     config = AutoConfig.for_model(family, **CONFIGS[family], bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -103,7 +104,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Split("", "isolated")]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
 
@@ -158,21 +159,39 @@ def save_prompt(
     seed: int,
     scale: float = 0.5,
     base: PreTrainedModel | None = None,
+    first_text: Sequence[int] = (),
     **prefix_fields: Any,
 ) -> Path:
     """Let PEFT build a prompt of the kind on the model, add noise of `scale` to all its numbers, and save it.
 
-    `base` is the model of `model_folder` where the caller has it loaded already; PEFT does not change it.
+    `base` is the model of `model_folder` where the caller has it loaded already; PEFT does not change it. With
+    `first_text` (at least k token ids) a prefix without projection begins as the keys and values of that text, as
+    trained ones do, and not as PEFT's own wide noise.
     """
     if base is None:
         base = load_model(model_folder)
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, peft_config(kind, k, **prefix_fields))
     with torch.no_grad():
+        if first_text and kind in ("prefix", "cartridge"):
+            _begin_as_text(model.prompt_encoder["default"], base, first_text[:k])
         for parameter in model.prompt_encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)
     model.eval().save_pretrained(str(folder))
     return folder
+
+
+def _begin_as_text(encoder: Any, base: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    """Fill a prefix encoder with the text's keys and values, `[k, layers * 2 * kv_dim]`, alternating by layer."""
+    cache = DynamicCache()
+    base(input_ids=torch.tensor([list(token_ids)]), past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
+    parts = [tensor[0].transpose(0, 1).flatten(1) for layer in layers for tensor in (layer.keys, layer.values)]
+    flat = torch.cat(parts, dim=1)
+    if hasattr(encoder, "load_prompt_embeddings"):
+        encoder.load_prompt_embeddings(flat)
+    else:
+        encoder.embedding.weight.copy_(flat)
 
 
 def load_model(folder: Path) -> PreTrainedModel:
@@ -180,7 +199,8 @@ def load_model(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def read_prompt(

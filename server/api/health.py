@@ -17,8 +17,22 @@ class Health(BaseModel):
     status: Literal["alive", "ready"]
 
 
+class ServedBackbone(BaseModel):
+    """The model that is served and the way it is run: packed, or dense for models that attend by themselves."""
+
+    name: str
+    fingerprint: str
+    path: Literal["packed", "dense"]
+    dtype: str
+    device: str
+    max_model_len: int
+
+
 class Version(BaseModel):
+    """`backbone` is null until it has been loaded and has passed its gate."""
+
     version: str
+    backbone: ServedBackbone | None
 
 
 @router.get("/livez", summary="Is the process alive?", responses={503: {"model": ErrorResponse}})
@@ -36,9 +50,22 @@ async def readyz(runtime: AnyRuntime) -> Health:
     return Health(status="ready")
 
 
-@router.get("/version", summary="Version of the server")
-async def version() -> Version:
-    return Version(version=__version__)
+@router.get("/version", summary="Version of the server, and the backbone that it serves")
+async def version(runtime: AnyRuntime) -> Version:
+    backbone = runtime.backbone
+    if backbone is None:
+        return Version(version=__version__, backbone=None)
+    return Version(
+        version=__version__,
+        backbone=ServedBackbone(
+            name=backbone.name,
+            fingerprint=backbone.fingerprint,
+            path=backbone.path,
+            dtype=backbone.dtype_name,
+            device=backbone.device_name,
+            max_model_len=backbone.max_model_len,
+        ),
+    )
 
 
 @router.get(

@@ -98,11 +98,16 @@ class Auditor:
                 self._ready.append((job, prompt))
 
     def run_one(self) -> AuditResult | None:
-        """Replay one row, if any is ready. Costs one forward pass of that row."""
+        """Replay one row, if any is ready. Costs one forward pass of that row. Never raises: rows are being served."""
         if not self._ready:
             return None
         job, prompt = self._ready.popleft()
-        result = self._replay(job, prompt)
+        try:
+            result = self._replay(job, prompt)
+        except Exception:
+            logger.exception("the audit of row %s could not be run", job.row_id)
+            self._metrics.isolation_audits_total.labels(result="error").inc()
+            return None
         self.last_result = result
         self._metrics.isolation_audits_total.labels(result="match" if result.passed else "mismatch").inc()
         if not result.passed:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prompt_store.manifest import BackboneShape, ServingDtype
@@ -89,19 +90,14 @@ class Backbone:
         chosen_dtype = _choose_dtype(dtype, chosen_device)
         folder = _resolve_folder(source)
         _refuse_shipped_code(folder)
-        config = AutoConfig.from_pretrained(folder)
-        if getattr(config, "is_encoder_decoder", False):
-            raise BackboneError(f"{source} is an encoder-decoder model; promptmux serves decoder-only models")
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=chosen_dtype, use_safetensors=True, attn_implementation=_STOCK_ATTENTION
-            )
-        except (OSError, ValueError) as error:
+            model, tokenizer = _load_folder(folder, chosen_dtype)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BackboneError(f"{source} could not be loaded: {error}") from error
         torch.nn.Module.to(model, chosen_device)
         return cls(
             model,
-            AutoTokenizer.from_pretrained(folder),
+            tokenizer,
             name=name or folder.name,
             fingerprint=fingerprint_folder(folder, cache_dir),
             max_model_len=max_model_len,
@@ -269,9 +265,32 @@ def _resolve_folder(source: str) -> Path:
         raise BackboneError(f"{source} is neither a folder nor a hub id that can be fetched: {error}") from error
 
 
+def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, on the CPU, and its tokenizer. Raises ValueError, or what transformers raises, when it is unfit."""
+    if getattr(AutoConfig.from_pretrained(folder), "is_encoder_decoder", False):
+        raise ValueError("it is an encoder-decoder model; promptmux serves decoder-only models")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, attn_implementation=_STOCK_ATTENTION, output_loading_info=True
+    )
+    model, loading = loaded
+    # transformers fills what a checkpoint lacks with random numbers and only logs it.
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(f"its weights lack {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}")
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 def _refuse_shipped_code(folder: Path) -> None:
-    config_file = folder / "config.json"
-    if not config_file.exists():
+    """Raises BackboneError when the model or its tokenizer names code of its own.
+
+    Both files are looked at: for a tokenizer's `auto_map`, transformers asks the terminal whether to run the code.
+    """
+    if not (folder / "config.json").exists():
         raise BackboneError(f"{folder} has no config.json")
-    if "auto_map" in json.loads(config_file.read_text()):
-        raise BackboneError(f"{folder} ships its own code (auto_map); promptmux runs none")
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        try:
+            config = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise BackboneError(f"{file} is not JSON: {error}") from error
+        if "auto_map" in config:
+            raise BackboneError(f"{folder} ships its own code (auto_map in {file.name}); promptmux runs none")

@@ -22,11 +22,12 @@ from server.engine.config import EngineConfig
 from server.engine.isolation import check_plan
 from server.engine.kv import KvCache
 from server.engine.memory import make_ledger
+from server.engine.observer import EngineObserver, StepClock
 from server.engine.plan import StepPlan, build_plan
 from server.engine.prefix import Residency
 from server.engine.request import FINISH_CANCELLED, FINISH_LENGTH, FINISH_STOP, PromptRef, RowOutput, RowRequest
 from server.engine.residency import PrefixResidency
-from server.engine.results import StepResults, take_prompt_logprobs
+from server.engine.results import StepResults
 from server.engine.row import Row, RowState
 from server.engine.scheduler import Admission, ScheduledRow, Scheduler
 from server.engine.step import claim, plan_entry
@@ -107,6 +108,7 @@ class Engine:
             wake=self._wake.set,
             next_serial=lambda: next(self._serials),
         )
+        self._observer = EngineObserver(metrics)
         self._results = StepResults(backbone.eos_token_ids)
         self._auditor = Auditor(backbone, config.audit_share, metrics)
         self._deliver: Deliver = lambda outputs: None
@@ -237,18 +239,18 @@ class Engine:
 
     def _step(self) -> bool:
         """One step. Returns False when there was nothing to do."""
-        started_s = time.perf_counter()
+        clock = StepClock()
         scheduled = self._scheduler.schedule()
         step = self._plan(scheduled)
         if step is None:
             return False
         plan, packed = step
-        planned_s = time.perf_counter()
+        clock.planned_s = time.perf_counter()
         logits = self._backbone.forward(self._kv, plan)
-        forwarded_s = time.perf_counter()
+        clock.forwarded_s = time.perf_counter()
         for row, output in self._results.collect(plan, packed, logits):
             self._emit(row, output)
-        self._observe_step(packed, started_s, planned_s, forwarded_s, time.perf_counter())
+        self._observer.step_done(packed, clock)
         return True
 
     def _plan(self, scheduled: list[ScheduledRow]) -> tuple[StepPlan, list[ScheduledRow]] | None:
@@ -310,26 +312,24 @@ class Engine:
             self._kv.copy_in(slot, prefix.tensors, prefix.uid)
         with self._lock:
             self._num_waiting -= 1
-        row.first_scheduled_at_s = now_s = time.monotonic()
-        self._metrics.request_queue_time_seconds.observe(now_s - row.arrived_at_s)
+        row.first_scheduled_at_s = time.monotonic()
+        self._observer.row_admitted(row)
         return Admission.ADMITTED
 
     def _emit(self, row: Row, output: RowOutput) -> None:
         self._outputs.append(output)
         if output.token_ids:
-            self._observe_token(row)
+            self._observer.token_made(row)
         if output.is_last:
             self._retire(row, output)
 
     def _end_row(self, row: Row, *, finish_reason: str | None = None, error: PromptmuxError | None = None) -> None:
         text = row.text.finish() if error is None else ""
-        prompt_logprobs = take_prompt_logprobs(row) if error is None else None
         self._emit(
             row,
             RowOutput(
                 row_id=row.row_id,
                 text=text,
-                prompt_logprobs=prompt_logprobs,
                 finish_reason=finish_reason,
                 error=error,
             ),
@@ -343,14 +343,13 @@ class Engine:
         slot, row.slot = row.slot, None
         prefix, row.prefix = row.prefix, None
         self._scheduler.remove(row)
+        # A slot whose ledger entry is disputed is given to nobody any more.
         if slot is not None and self._kv.ledger.holds(slot):
             self._kv.free(slot, min(slot.capacity, row.next_column))
         if prefix is not None:
             self._prefixes.device.release(prefix)
         del self._rows[row.row_id]
-        if output.error is None:
-            self._metrics.request_success_total.labels(finish_reason=output.finish_reason).inc()
-            self._metrics.e2e_request_latency_seconds.observe(time.monotonic() - row.arrived_at_s)
+        self._observer.row_ended(row, output)
         if output.finish_reason in (FINISH_STOP, FINISH_LENGTH) and row.is_audited:
             to_read = self._auditor.add(row)
             if to_read is not None:
@@ -385,6 +384,7 @@ class Engine:
             self._auditor.supply(loaded.ref, loaded.prompt)
         for loaded in failed:
             if loaded.error is not None:
+                logger.warning("%s@%s could not be loaded: %s", loaded.ref.task, loaded.ref.version, loaded.error)
                 self._fail_waiting(loaded.ref, loaded.error)
         if self._prefixes.num_wanted:
             limit = 1 if self._scheduler.running else self._config.max_rows
@@ -406,8 +406,7 @@ class Engine:
     def _pin(self, refs: Sequence[PromptRef]) -> None:
         self._prefixes.device.pin(frozenset(ref.prefix_key for ref in refs))
         for ref in refs:
-            if ref.prefix_key not in self._prefixes.device:
-                self._prefixes.prefetch(ref)
+            self._prefixes.bring(ref)
 
     def _audit_sometimes(self, *, is_idle: bool) -> bool:
         """Replay a finished row when nothing else is to be done, and now and then when there is always something."""
@@ -434,26 +433,4 @@ class Engine:
             started_s = time.perf_counter()
             outputs, self._outputs = self._outputs, []
             self._deliver(outputs)
-            self._metrics.step_seconds.labels(phase="deliver").observe(time.perf_counter() - started_s)
-
-    def _observe_token(self, row: Row) -> None:
-        now_s = time.monotonic()
-        self._metrics.generation_tokens_total.inc()
-        if row.last_token_at_s is None:
-            row.first_token_at_s = now_s
-            self._metrics.time_to_first_token_seconds.observe(now_s - row.arrived_at_s)
-        else:
-            self._metrics.inter_token_latency_seconds.observe(now_s - row.last_token_at_s)
-        row.last_token_at_s = now_s
-
-    def _observe_step(
-        self, packed: list[ScheduledRow], started_s: float, planned_s: float, forwarded_s: float, sampled_s: float
-    ) -> None:
-        metrics = self._metrics
-        metrics.batch_rows.observe(len(packed))
-        metrics.batch_distinct_prompts.observe(
-            len({item.row.request.prompt.prefix_key for item in packed if item.row.request.prompt is not None})
-        )
-        metrics.step_seconds.labels(phase="plan").observe(planned_s - started_s)
-        metrics.step_seconds.labels(phase="forward").observe(forwarded_s - planned_s)
-        metrics.step_seconds.labels(phase="sample").observe(sampled_s - forwarded_s)
+            self._observer.outputs_delivered(time.perf_counter() - started_s)

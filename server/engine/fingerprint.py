@@ -6,6 +6,7 @@ Hashing takes about a second a gigabyte; the result is cached, keyed by the file
 
 import hashlib
 import json
+import secrets
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ def fingerprint_folder(folder: Path, cache_dir: Path | None) -> str:
     digest = _hash_weights(files)
     if cached is not None:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(".tmp")
+        # A name of its own: another server may be hashing the same weights.
+        temporary = cached.with_name(f"{key}.{secrets.token_hex(4)}.tmp")
         temporary.write_text(digest)
         temporary.replace(cached)
     return digest

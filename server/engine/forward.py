@@ -170,11 +170,14 @@ class DenseForward:
         try:
             self._model(inputs_embeds=embed(self._model, ids).unsqueeze(0), past_key_values=cache, use_cache=True)
             cached = [_cached(cache, layer) for layer in range(len(cache.layers))]
-            return tuple(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in cached)
+            layers = tuple(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in cached)
         except Exception as error:
             raise UnsupportedModelError(
                 f"the model keeps other state than keys and values a layer ({type(error).__name__}: {error})"
             ) from error
+        if not layers:
+            raise UnsupportedModelError("the model keeps other state than keys and values a layer (it caches none)")
+        return layers
 
 
 def _cached(cache: DynamicCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

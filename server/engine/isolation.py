@@ -22,7 +22,8 @@ class Claim:
 
     It means to compute `token_ids` from `start_column` on, and awaits the logits of the last `num_logits` of them.
     `serial` is the row's (or the compile job's) name in the ledger; `prefix_uid` the uid of the prefix it holds;
-    `prefix_matches` whether that prefix is the one that its request resolved to, and still alive.
+    `prefix_matches` whether that prefix is the one that its request resolved to, and still alive. `vectors` is what it
+    wants in place of its tokens' embeddings: only a prompt being compiled has any.
     """
 
     serial: int
@@ -32,6 +33,7 @@ class Claim:
     num_logits: int
     prefix_uid: int = NO_PREFIX
     prefix_matches: bool = True
+    vectors: object | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -105,7 +107,8 @@ class _Checker:
     def check_packing(self) -> None:
         """Entries, tokens, positions and segment bounds are those of the rows.
 
-        The dense path reads the entries themselves, so they are held to the same account as the arrays.
+        The dense path reads the entries themselves, and both take vectors from them, so they are held to the same
+        account as the arrays.
         """
         plan = self._plan
         for index, (entry, claim) in enumerate(zip(plan.entries, self._claims, strict=True)):
@@ -113,6 +116,7 @@ class _Checker:
                 entry.slot != claim.slot
                 or entry.start_column != claim.start_column
                 or list(entry.token_ids) != list(claim.token_ids)
+                or entry.vectors is not claim.vectors
             ):
                 self._blame_entry(index, "its entry is another's")
         if len(plan.token_ids) != self._num_tokens or len(plan.positions) != self._num_tokens:
@@ -141,6 +145,9 @@ class _Checker:
                 | (slab.generation[write.slots] != self._generations[write.tokens])
                 | (write.columns != self._columns[write.tokens])
             )
+            if len(write.tokens) == self._num_tokens:
+                # A write of the whole batch takes the tokens as they lie, without a gather.
+                wrong |= write.tokens != np.arange(self._num_tokens)
             self._blame(self._entry_of[write.tokens[wrong]], "it would write into another row's slot")
         self._blame(self._entry_of[written != 1], "its tokens are not written exactly once")
 

@@ -106,13 +106,16 @@ class KvCache:
             slab.dirty_columns[slot.index] = num_columns
 
     def copy_in(self, slot: Slot, prefix: KeysValues, prefix_uid: int) -> None:
-        """Put a prefix into columns 0 to k-1 of the slot and stamp the ledger with its uid."""
+        """Put a prefix into columns 0 to k-1 of the slot and stamp the ledger with its uid.
+
+        Raises RuntimeError for a stale claim, before anything is written.
+        """
+        self.ledger.stamp_prefix(slot, prefix_uid)
         slab = self.slabs[slot.slab]
         k = prefix.num_tokens
         for layer in range(self.num_layers):
             slab.keys[layer][slot.index, :, :k].copy_(prefix.keys[layer])
             slab.values[layer][slot.index, :, :k].copy_(prefix.values[layer])
-        self.ledger.stamp_prefix(slot, prefix_uid)
 
     def copy_out(self, slot: Slot, num_columns: int) -> KeysValues:
         """A copy of the first `num_columns` columns of the slot."""

@@ -71,15 +71,21 @@ class PrefixResidency:
     def acquire(self, ref: PromptRef) -> Prefix | None:
         """The row's prefix, or None: then it is on its way, and `poll` and `compile_wanted` bring it."""
         prefix = self.device.acquire(ref.prefix_key)
-        if prefix is not None:
-            return prefix
+        if prefix is None:
+            self.bring(ref)
+        return prefix
+
+    def bring(self, ref: PromptRef) -> None:
+        """Start bringing a prompt to the device from wherever it is; nothing is done when it is there already."""
+        if ref.prefix_key in self.device:
+            return
+        self._asked_at_s.setdefault(ref.prefix_key, time.monotonic())
         prompt = self._arrived.get(ref.prefix_key) or self.host.get(ref.prefix_key)
         if prompt is None:
             self.loader.request(ref)
         else:
             self._arrived[ref.prefix_key] = prompt
             self._wanted.setdefault(ref.prefix_key, ref)
-        return None
 
     def poll(self) -> tuple[list[LoadedPrompt], list[LoadedPrompt]]:
         """Take in what the loader brought. Returns what failed to load, and what was loaded for audits."""
@@ -127,18 +133,15 @@ class PrefixResidency:
         self.host.discard(key)
         self._wanted.pop(key, None)
         self._arrived.pop(key, None)
+        self._asked_at_s.pop(key, None)
 
     def compile(self, ref: PromptRef, prompt: SoftPrompt) -> KeysValues | None:
         """The prompt's prefix, or None when no slot is free to compile it in.
 
-        Raises PromptMismatchError when its shape is not what the reference says, NumericalError when it comes out not
-        finite.
+        Raises PromptMismatchError when its shape is not what the reference says or does not fit the backbone,
+        NumericalError when it comes out not finite.
         """
-        if prompt.kind != ref.kind or prompt.num_virtual_tokens != ref.num_virtual_tokens:
-            raise PromptMismatchError(
-                f"{ref.task}@{ref.version} was to have {ref.num_virtual_tokens} {ref.kind}, "
-                f"its file has {prompt.num_virtual_tokens} {prompt.kind}"
-            )
+        self._require_fit(ref, prompt)
         if prompt.kind == "prefix":
             prefix = self._cast_prefix(prompt)
         else:
@@ -149,6 +152,28 @@ class PrefixResidency:
         if not all(bool(torch.isfinite(t).all()) for t in (*prefix.keys, *prefix.values)):
             raise NumericalError(f"the prefix of {ref.task}@{ref.version} is not finite in {self._backbone.dtype_name}")
         return prefix
+
+    def _require_fit(self, ref: PromptRef, prompt: SoftPrompt) -> None:
+        """A prompt that was stored for another backbone must end its own rows, not the step loop."""
+        if prompt.kind != ref.kind or prompt.num_virtual_tokens != ref.num_virtual_tokens:
+            raise PromptMismatchError(
+                f"{ref.task}@{ref.version} was to have {ref.num_virtual_tokens} {ref.kind}, "
+                f"its file has {prompt.num_virtual_tokens} {prompt.kind}"
+            )
+        k = prompt.num_virtual_tokens
+        if k > self._kv.ledger.max_tokens:
+            raise PromptMismatchError(
+                f"{ref.task}@{ref.version} has {k} virtual tokens, the context length is {self._kv.ledger.max_tokens}"
+            )
+        shape = self._backbone.shape(k)
+        if prompt.kind == "prefix":
+            expected: tuple[int | None, ...] = (shape.num_layers, 2, shape.kv_heads, k, shape.head_dim)
+        else:
+            expected = (k, shape.hidden_size)
+        if prompt.values.shape != expected:
+            raise PromptMismatchError(
+                f"{ref.task}@{ref.version} has the shape {prompt.values.shape}, this backbone needs {expected}"
+            )
 
     def _cast_prefix(self, prompt: SoftPrompt) -> KeysValues:
         stacked = torch.from_numpy(prompt.values).to(device=self._backbone.device, dtype=self._backbone.dtype)
@@ -164,7 +189,7 @@ class PrefixResidency:
             vectors = torch.from_numpy(np.ascontiguousarray(prompt.values)).to(self._backbone.device)
             placeholders = [0] * k
             plan, _ = build_plan([PlanEntry(slot, 0, placeholders, logits_from=k, vectors=vectors)])
-            claim = Claim(serial, slot, 0, placeholders, num_logits=0)
+            claim = Claim(serial, slot, 0, placeholders, num_logits=0, vectors=vectors)
             for violation in check_plan(plan, [claim], self._kv.ledger.slabs):
                 raise IsolationError(f"compiling a prompt: {violation.reason}")
             self._backbone.forward(self._kv, plan)

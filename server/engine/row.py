@@ -40,7 +40,6 @@ class Row:
     is_audited: bool = False
     seed: int = 0
     first_scheduled_at_s: float | None = None
-    first_token_at_s: float | None = None
     last_token_at_s: float | None = None
     audit_logprobs: list[float] = field(default_factory=list)
     pending_prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)

@@ -24,6 +24,7 @@ from server.metrics import Metrics
 from server.runtime.generation import Generation, GenerationSpec, make_generation, tokenize
 from server.runtime.meter import RequestMeter
 from server.runtime.parts import LoadBackbone, MakeEngine, Parts, StartError, load_parts, open_store
+from server.runtime.protocols import BackboneLike
 from server.runtime.stats import TaskStatsTable
 from server.runtime.streams import RowStream
 from server.settings import Settings
@@ -109,6 +110,11 @@ class Runtime:
                 raise DrainingError("The server is shutting down.")
             raise LoadingError("The backbone is loading.")
         return self._parts
+
+    @property
+    def backbone(self) -> BackboneLike | None:
+        """None until it is loaded."""
+        return self._parts.backbone if self._parts is not None else None
 
     @property
     def keys(self) -> KeyRing:

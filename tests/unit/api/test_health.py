@@ -21,7 +21,19 @@ def probe(live: LiveServer) -> list[tuple[int, str]]:
 def test_ready_server(server: LiveServer) -> None:
     assert probe(server) == [(200, "alive"), (200, "ready"), (200, "ready")]
     with server.client() as client:
-        assert client.get("/version").json() == {"version": __version__}
+        version = client.get("/version").json()
+    backbone = server.runtime.parts.backbone
+    assert version == {
+        "version": __version__,
+        "backbone": {
+            "name": backbone.name,
+            "fingerprint": backbone.fingerprint,
+            "path": backbone.path,
+            "dtype": backbone.dtype_name,
+            "device": backbone.device_name,
+            "max_model_len": backbone.max_model_len,
+        },
+    }
 
 
 def test_loading_server_is_alive_and_not_ready(data_dir: Path) -> None:
@@ -29,6 +41,8 @@ def test_loading_server_is_alive_and_not_ready(data_dir: Path) -> None:
     parts.load_gate.clear()
     with running_server(data_dir, parts=parts, wait=False) as live:
         assert probe(live) == [(200, "alive"), (503, "loading"), (503, "loading")]
+        with live.client() as client:
+            assert client.get("/version").json() == {"version": __version__, "backbone": None}
         refused = live.post({"model": "tiny/echo", "prompt": "x"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
         assert 1 <= int(refused.headers["retry-after"]) <= 30

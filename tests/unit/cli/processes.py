@@ -19,6 +19,19 @@ def start(module: str, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
+def run_command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """`promptmux` with these arguments, to its end: for what must refuse to serve, and would hang if it did not."""
+    program = "from server.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=END_TIMEOUT_S,
+        check=False,
+    )
+
+
 def wait_for_address(process: "subprocess.Popen[str]") -> str:
     """The address that it prints once it is ready."""
     assert process.stderr is not None

@@ -7,13 +7,11 @@ from pathlib import Path
 import httpx
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from prompt_store.store import PromptStore
-from server.cli import app
 from server.cli.output import ExitCode
 from server.cli.serve import bind, is_loopback
-from tests.unit.cli.processes import END_TIMEOUT_S, StartProcess, start, wait_until_draining
+from tests.unit.cli.processes import END_TIMEOUT_S, StartProcess, run_command, start, wait_until_draining
 
 APP = "tests.unit.cli.drainable_app"
 
@@ -89,10 +87,10 @@ def test_only_loopback_addresses_count_as_loopback(host: str, expected: bool) ->
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_binding_wider_without_keys_is_refused_before_anything_is_loaded(tmp_path: Path, host: str) -> None:
-    result = CliRunner().invoke(app, ["serve", "--host", host, "--port", "0", "--data-dir", str(tmp_path)])
+    done = run_command("serve", "--host", host, "--port", "0", "--data-dir", str(tmp_path))
 
-    assert result.exit_code == ExitCode.DENIED
-    assert f"promptmux keys create --scope infer --data {tmp_path}" in result.stderr
+    assert done.returncode == ExitCode.DENIED
+    assert f"promptmux keys create --scope infer --data {tmp_path}" in done.stderr
 
 
 def test_binding_wider_with_a_revoked_key_alone_is_no_way_in(tmp_path: Path) -> None:
@@ -108,10 +106,10 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        result = CliRunner().invoke(app, ["serve", "--port", port, "--data-dir", str(tmp_path)])
+        done = run_command("serve", "--port", port, "--data-dir", str(tmp_path))
 
-    assert result.exit_code == ExitCode.FAILED
-    assert "--port 0" in result.stderr
+    assert done.returncode == ExitCode.FAILED
+    assert "--port 0" in done.stderr
 
 
 def test_a_host_that_does_not_resolve_is_wrong_usage() -> None:

@@ -1,13 +1,15 @@
-"""Makes prompt files by hand, sound or broken, for a small backbone shape. Independent of the code under test."""
+"""Makes prompt files by hand, sound or broken, for a small backbone shape, and puts them into a store."""
 
 import json
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prompt_store.manifest import BackboneShape
+from prompt_store.manifest import BackboneShape, PromptVersion
+from prompt_store.store import PromptStore
 
 HIDDEN, LAYERS, KV_HEADS, HEAD_DIM, K = 8, 3, 2, 4, 20
 PREFIX_WIDTH = LAYERS * 2 * KV_HEADS * HEAD_DIM
@@ -73,3 +75,21 @@ def make_multitask_file(num_tasks: int = 3, num_ranks: int = 2, seed: int = 0) -
             "prompt_embeddings": random_embeddings(seed),
         }
     )
+
+
+CONFIG = make_config()
+
+
+def put(store: PromptStore, seed: int, task: str = "task", tenant: str = "acme", **options: object) -> PromptVersion:
+    version, _ = store.upload(tenant, task, file=make_file(seed=seed), config=CONFIG, **options)  # type: ignore[arg-type]
+    return version
+
+
+def blob_path(store: PromptStore, digest: str) -> Path:
+    return store.root / "blobs" / digest[:2] / digest
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)

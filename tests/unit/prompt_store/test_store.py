@@ -1,9 +1,5 @@
-"""What the store promises to those who call it, one behaviour a test."""
+"""Versions and tasks: uploaded, resolved, activated, rolled back, deleted, damaged."""
 
-import dataclasses
-import json
-import os
-import stat
 import threading
 import time
 from collections.abc import Callable
@@ -13,46 +9,21 @@ import numpy as np
 import pytest
 
 from prompt_store.errors import (
-    FileTooLarge,
-    InvalidName,
-    InvalidValue,
-    KeyNotFound,
     PromptCorrupt,
-    PromptMismatch,
-    PromptStoreError,
-    StorageFailed,
-    StoreInUse,
     TaskNotFound,
     VersionActive,
     VersionConflict,
 )
-from prompt_store.manifest import PromptVersion, StoreLimits
 from prompt_store.store import PromptStore
 from tests.unit.prompt_store.prompt_files import (
     BACKBONE,
-    make_config,
+    CONFIG,
+    blob_path,
+    flip_bit,
     make_file,
-    make_multitask_file,
-    make_prefix_file,
+    put,
     random_embeddings,
 )
-
-CONFIG = make_config()
-
-
-def put(store: PromptStore, seed: int, task: str = "task", tenant: str = "acme", **options: object) -> PromptVersion:
-    version, _ = store.upload(tenant, task, file=make_file(seed=seed), config=CONFIG, **options)  # type: ignore[arg-type]
-    return version
-
-
-def blob_path(store: PromptStore, digest: str) -> Path:
-    return store.root / "blobs" / digest[:2] / digest
-
-
-def flip_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 def test_upload_is_found_again_with_its_bytes_and_numbers(store: PromptStore) -> None:
@@ -69,23 +40,6 @@ def test_upload_is_found_again_with_its_bytes_and_numbers(store: PromptStore) ->
     assert (store.read_file(found), store.read_config(found)) == (file, CONFIG)
     np.testing.assert_array_equal(store.load(found).values, random_embeddings(1))
     store.check_invariants()
-
-
-def test_prompt_of_another_backbone_is_not_loaded_although_its_shapes_fit(root: Path) -> None:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
-        put(store, 1)
-    with PromptStore.open(root, backbone=dataclasses.replace(BACKBONE, fingerprint="cd" * 32)) as store:
-        version = store.resolve("acme", "task")
-        with pytest.raises(PromptMismatch, match="cdcdcdcdcdcd"):
-            store.load(version)
-        assert store.resolve("acme", "task").state == "active"
-
-
-def test_upload_takes_a_path(store: PromptStore, tmp_path: Path) -> None:
-    path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes(make_file(seed=1))
-    version, _ = store.upload("acme", "task", file=path, config=CONFIG)
-    assert store.read_file(version) == path.read_bytes()
 
 
 def test_reopened_store_has_everything(root: Path) -> None:
@@ -117,15 +71,6 @@ def test_repeated_upload_succeeds_although_its_expected_version_has_passed(store
     assert put(store, 2, expected_version=1) == second
     with pytest.raises(VersionConflict):
         put(store, 1, expected_version=1)
-
-
-def test_one_file_for_two_tasks_of_its_own_makes_two_versions(store: PromptStore) -> None:
-    config, file = make_config(peft_type="MULTITASK_PROMPT_TUNING"), make_multitask_file(3)
-    versions = [store.upload("t", "task", file=file, config=config, task_index=index)[0] for index in (0, 2)]
-    assert [version.version for version in versions] == [1, 2]
-    assert versions[0].prefix_key != versions[1].prefix_key
-    assert not np.array_equal(store.load(versions[0]).values, store.load(versions[1]).values)
-    assert store.resolve("t", f"task@sha256:{versions[0].digest}") == versions[1]
 
 
 def test_expected_version_is_compared_and_swapped(store: PromptStore) -> None:
@@ -344,173 +289,6 @@ def test_damaged_config_is_refused_too(store: PromptStore, damage: Callable[[Pat
     assert store.get_version("acme", "task", 1).state == "quarantined"
 
 
-def test_prompt_of_another_backbone_is_refused_at_load_but_not_quarantined(root: Path) -> None:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
-        version = put(store, 1)
-    with PromptStore.open(root, backbone=dataclasses.replace(BACKBONE, hidden_size=16)) as store:
-        with pytest.raises(PromptMismatch, match="16"):
-            store.load(version)
-        assert store.resolve("acme", "task").state == "active"
-
-
-def test_backbone_may_come_later(root: Path) -> None:
-    with PromptStore.open(root) as store:
-        with pytest.raises(PromptStoreError, match="backbone"):
-            put(store, 1)
-        store.use_backbone(BACKBONE)
-        put(store, 1)
-
-
-def test_limits_are_kept(root: Path) -> None:
-    limits = StoreLimits(max_file_bytes=300, max_config_bytes=100, max_metadata_bytes=50, max_virtual_tokens=4)
-    with PromptStore.open(root, backbone=BACKBONE, limits=limits) as store:
-        small = make_file({"prompt_embeddings": random_embeddings(0, k=4)})
-        with pytest.raises(FileTooLarge) as caught:
-            store.upload("t", "task", file=make_file(), config=CONFIG)
-        assert caught.value.param == "file"
-        with pytest.raises(FileTooLarge):
-            store.upload("t", "task", file=Path("/dev/zero"), config=CONFIG)
-        with pytest.raises(FileTooLarge) as caught:
-            store.upload("t", "task", file=small, config=make_config(more="x" * 100))
-        assert caught.value.param == "config"
-        with pytest.raises(FileTooLarge) as caught:
-            store.upload("t", "task", file=small, config=CONFIG, metadata={"a": "x" * 50})
-        assert caught.value.param == "metadata"
-        five = make_file({"prompt_embeddings": random_embeddings(0, k=5).astype(np.float16)})
-        with pytest.raises(PromptMismatch, match="at most 4"):
-            store.upload("t", "task", file=five, config=CONFIG)
-        assert store.counts().num_tasks == 0
-
-
-@pytest.mark.parametrize("name", ["", "A", "-a", ".a", "a..b", "a/b", "a" * 64, "a b", "ä", "a\n", "../x", "a@1"])
-def test_bad_names_are_refused(store: PromptStore, name: str) -> None:
-    with pytest.raises(InvalidName) as caught:
-        put(store, 1, task=name)
-    assert caught.value.param == "task"
-    with pytest.raises(InvalidName) as caught:
-        put(store, 1, tenant=name)
-    assert caught.value.param == "tenant"
-
-
-def test_the_backbones_own_name_is_reserved(root: Path) -> None:
-    with (
-        PromptStore.open(root, backbone=dataclasses.replace(BACKBONE, name="tiny")) as store,
-        pytest.raises(InvalidName, match="backbone"),
-    ):
-        put(store, 1, task="tiny")
-
-
-@pytest.mark.parametrize(
-    "metadata", [{"a": float("nan")}, {"a": object()}, {"a": "\ud800"}, {"a": "\x00"}, {"a": {"b": float("inf")}}]
-)
-def test_metadata_that_is_not_sound_json_is_refused(store: PromptStore, metadata: dict[str, object]) -> None:
-    with pytest.raises(InvalidValue) as caught:
-        put(store, 1, metadata=metadata)
-    assert caught.value.param == "metadata"
-
-
-def test_second_server_on_a_folder_is_refused_and_key_management_beside_it_is_not(root: Path) -> None:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
-        with pytest.raises(StoreInUse, match=str(os.getpid())):
-            PromptStore.open(root)
-        with PromptStore.open(root, exclusive=False) as beside:
-            key, secret = beside.create_key("acme", {"infer", "write"}, "ci")
-            assert store.verify_key(secret) == key
-            beside.revoke_key(key.id)
-        assert store.verify_key(secret) is None
-    PromptStore.open(root).close()
-
-
-def test_closed_store_says_so(root: Path) -> None:
-    store = PromptStore.open(root, backbone=BACKBONE)
-    store.close()
-    store.close()
-    with pytest.raises(StorageFailed, match="closed"):
-        put(store, 1)
-
-
-def test_key_is_known_by_its_secret_alone(store: PromptStore) -> None:
-    assert not store.has_keys()
-    key, secret = store.create_key("acme", ["infer", "admin", "infer"], "laptop", actor="root")
-    assert secret.startswith("pm_")
-    assert len(secret) > 40
-    assert (key.tenant, key.scopes, key.label, key.revoked_at) == ("acme", {"infer", "admin"}, "laptop", None)
-    assert store.verify_key(secret) == key
-    for wrong in ("", secret[:-1], secret + "x", secret.upper(), "pm_", "x" * 10_000, "\ud800"):
-        assert store.verify_key(wrong) is None
-    data = b"".join(path.read_bytes() for path in store.root.rglob("*") if path.is_file())
-    assert secret.encode() not in data
-
-
-def test_revoked_key_proves_nothing_and_still_counts_as_made(store: PromptStore) -> None:
-    key, secret = store.create_key("acme", {"infer"})
-    revoked = store.revoke_key(key.id)
-    assert revoked.revoked_at is not None
-    assert store.revoke_key(key.id).revoked_at == revoked.revoked_at
-    assert store.verify_key(secret) is None
-    assert store.has_keys()
-    assert store.list_keys() == [revoked]
-    with pytest.raises(KeyNotFound):
-        store.revoke_key("key_nope")
-
-
-@pytest.mark.parametrize("scopes", [set(), {"root"}, {"infer", "x"}, "infer"])
-def test_unknown_scopes_are_refused(store: PromptStore, scopes: set[str]) -> None:
-    with pytest.raises(InvalidValue) as caught:
-        store.create_key("acme", scopes)
-    assert caught.value.param == "scopes"
-    assert not store.has_keys()
-
-
-def test_audit_tells_who_did_what_in_order(store: PromptStore) -> None:
-    put(store, 1, created_by="ann")
-    put(store, 2, created_by="ann")
-    store.update_task("acme", "task", pinned=True, actor="bob")
-    store.rollback("acme", "task", actor="bob")
-    store.delete_version("acme", "task", 2, actor="bob")
-    store.delete_task("acme", "task", actor="bob")
-    put(store, 1, tenant="other")
-    store.audit("acme", actor="ann", action="note", detail={"why": "because"})
-    entries = list(store.iter_audit("acme"))
-    actions = ["upload", "upload", "pin", "rollback", "delete_version", "delete_task", "note"]
-    assert [entry.action for entry in entries] == actions
-    assert [entry.actor for entry in entries[:3]] == ["ann", "ann", "bob"]
-    assert entries[0].digest is not None
-    assert list(store.iter_audit("acme", after=entries[-2].id)) == entries[-1:]
-    assert len(list(store.iter_audit())) == len(entries) + 1
-
-
-def test_counts_add_up(store: PromptStore) -> None:
-    put(store, 1)
-    put(store, 2)
-    put(store, 1, tenant="other")
-    store.create_key("acme", {"infer"})
-    counts = store.counts()
-    assert (counts.num_tasks, counts.num_versions, counts.num_keys) == (2, 3, 1)
-    assert counts.num_bytes == 3 * len(make_file(seed=1))
-
-
-def test_leftovers_are_swept_at_start(root: Path) -> None:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
-        put(store, 1)
-    orphan = root / "blobs" / "ab" / ("ab" + "0" * 62)
-    orphan.parent.mkdir(exist_ok=True)
-    orphan.write_bytes(b"x")
-    (root / "tmp" / "half").write_bytes(b"x")
-    with PromptStore.open(root, exclusive=False):
-        assert orphan.exists()
-    with PromptStore.open(root, backbone=BACKBONE) as store:
-        assert not orphan.exists()
-        assert not list((root / "tmp").iterdir())
-        store.check_invariants()
-
-
-def test_files_are_for_their_owner_alone(store: PromptStore) -> None:
-    put(store, 1)
-    for path in [store.root, *store.root.glob("blobs/**/*")]:
-        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
-
-
 def test_resolving_a_known_reference_takes_microseconds(store: PromptStore) -> None:
     put(store, 1)
     store.resolve("acme", "task")
@@ -538,11 +316,3 @@ def test_readers_never_see_a_version_older_than_a_finished_write(store: PromptSt
     stop.set()
     reader.join()
     assert failures == []
-
-
-def test_prefix_files_are_stored_and_loaded(store: PromptStore) -> None:
-    config = make_config(peft_type="PREFIX_TUNING", num_attention_heads=2)
-    version, _ = store.upload("acme", "task", file=make_prefix_file(), config=config)
-    assert store.load(version).values.shape == (3, 2, 2, 20, 4)
-    assert store.load(version).num_virtual_tokens == 20
-    assert json.loads(store.read_config(version))["peft_type"] == "PREFIX_TUNING"
