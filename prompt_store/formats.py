@@ -80,7 +80,8 @@ def check_file(
     num_virtual_tokens = embeddings.shape[0]
     _check_count(num_virtual_tokens, config, backbone)
     digest = hashlib.sha256(file_bytes).hexdigest()
-    key_parts = [digest, config.kind]
+    # Under another backbone the same bytes are another prompt, and get a version of their own.
+    key_parts = [digest, backbone.fingerprint[:16], config.kind]
     if config.kind == "prefix":
         kv_heads, head_dim = _check_prefix_shape(embeddings, config, backbone)
         values = _split_heads(embeddings, backbone.num_layers, kv_heads, head_dim)

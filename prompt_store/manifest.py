@@ -55,8 +55,8 @@ class PromptVersion:
 
     `digest` is the SHA-256 (hex) of the uploaded file, `num_bytes` its size. `task_index` is set for multi-task files
     alone. `backbone` is the fingerprint of the backbone that the upload was checked against. `prefix_key` is a stable
-    string that names the digest together with how the file is read, so that one file read in two ways never shares a
-    prefix.
+    string that names the digest together with how the file is read and for which backbone, so that one file read in two
+    ways never shares a prefix.
     """
 
     tenant: str

@@ -13,9 +13,9 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from prompt_store.audit import append_audit
-from prompt_store.errors import PromptCorrupt, VersionConflict
+from prompt_store.errors import PromptCorrupt, PromptMismatch, VersionConflict
 from prompt_store.formats import CheckedPrompt
-from prompt_store.manifest import PromptKind, PromptVersion, Task, VersionState
+from prompt_store.manifest import BackboneShape, PromptKind, PromptVersion, Task, VersionState
 from prompt_store.models import ActivationRow, TaskRow, VersionRow
 from prompt_store.names import not_found
 
@@ -61,7 +61,7 @@ def get_version(session: Session, task: TaskRow, version: int) -> VersionRow:
 
 
 def find_same_file(session: Session, task: TaskRow, checked: CheckedPrompt) -> VersionRow | None:
-    """The version that holds the same bytes, read in the same way."""
+    """The version that holds the same bytes, read in the same way and for the same backbone."""
     return session.scalar(
         select(VersionRow).where(VersionRow.task_id == task.id, VersionRow.prefix_key == checked.prefix_key)
     )
@@ -110,6 +110,17 @@ def check_usable(version: PromptVersion) -> None:
             f"Version {version.version} of {version.task} is quarantined: its stored bytes are "
             "damaged. Upload the same file again to repair it.",
             param="version",
+        )
+
+
+def check_backbone(version: PromptVersion, backbone: BackboneShape) -> None:
+    """Raises PromptMismatch for a version that was uploaded under other weights."""
+    if version.backbone != backbone.fingerprint:
+        # Equal shapes are not enough: a prompt means something only to the weights that it was trained on.
+        raise PromptMismatch(
+            f"{version.task}@{version.version} was uploaded for the backbone with fingerprint "
+            f"{version.backbone[:12]}…; this server runs {backbone.name}, {backbone.fingerprint[:12]}….",
+            param="model",
         )
 
 

@@ -21,7 +21,7 @@ from prompt_store.blobs import BlobStore, FileBlobs
 from prompt_store.catalog import Catalog, Stored
 from prompt_store.custody import Custody
 from prompt_store.database import Database
-from prompt_store.errors import InvalidName, PromptMismatch, PromptStoreError
+from prompt_store.errors import InvalidName, PromptStoreError
 from prompt_store.faults import storage_errors
 from prompt_store.formats import check_file, read_soft_prompt
 from prompt_store.intake import check_metadata, check_size, read_upload
@@ -39,7 +39,7 @@ from prompt_store.manifest import (
 )
 from prompt_store.names import check_task_name, check_tenant_name, check_text, not_found, parse_reference
 from prompt_store.resolve_cache import ResolveCache
-from prompt_store.rows import Upload, check_usable
+from prompt_store.rows import Upload, check_backbone, check_usable
 
 _MAX_PAGE = 1000
 
@@ -221,13 +221,7 @@ class PromptStore:
         """
         backbone = self._need_backbone()
         stored = self._get_sound(version)
-        if stored.version.backbone != backbone.fingerprint:
-            # Equal shapes are not enough: a prompt means something only to the weights that it was trained on.
-            raise PromptMismatch(
-                f"{version.task}@{version.version} was uploaded for the backbone with fingerprint "
-                f"{stored.version.backbone[:12]}…; this server runs {backbone.name}, {backbone.fingerprint[:12]}….",
-                param="model",
-            )
+        check_backbone(stored.version, backbone)
         file_bytes = self._custody.read(version, version.digest)
         config_bytes = self._custody.read(version, stored.config_digest)
         return read_soft_prompt(file_bytes, config_bytes, backbone=backbone, task_index=stored.version.task_index)
