@@ -70,8 +70,10 @@ class PrefixCache:
         if prefix.num_users < 1:
             raise RuntimeError(f"prefix {prefix.digest[:12]} is released more often than acquired")
         prefix.num_users -= 1
-        if prefix.num_users == 0 and not prefix.is_alive:
-            self._forget(prefix)
+        if prefix.num_users == 0:
+            if not prefix.is_alive:
+                self._forget(prefix)
+            self._evict_to_fit()
 
     def insert(self, ref: PromptRef, tensors: KeysValues) -> Prefix:
         """Put a compiled prefix on the device, evicting others when bytes are short."""
@@ -103,7 +105,7 @@ class PrefixCache:
         if self.num_bytes < sum(prefix.tensors.num_bytes for prefix in self._prefixes.values()):
             raise RuntimeError("the device tier has lost count of its bytes")
 
-    def _evict_to_fit(self, keep: Prefix) -> None:
+    def _evict_to_fit(self, keep: Prefix | None = None) -> None:
         for key in list(self._prefixes):
             if self.num_bytes <= self._max_bytes:
                 return

@@ -111,3 +111,21 @@ def test_deliver_that_raises_is_a_failure_that_everyone_hears_of(
             engine.stop(WAIT_S)
     assert [(output.row_id, type(output.error)) for output in told] == [("row", EngineFailedError)]
     assert engine.status().failure == "OSError: nobody listens"
+
+
+def test_prompt_deleted_between_its_arrival_and_its_compilation_is_not_made_from_memory(llama: Backbone) -> None:
+    ref = make_ref("a")
+    stepped = SteppedEngine(llama, {ref.prefix_key: make_prompt(llama, ref, seed=1)})
+    prefixes = stepped.engine._prefixes
+    prefixes.bring(ref)
+    stepped.load()
+    assert prefixes.poll() == ([], [])
+    prefixes.evict(ref.prefix_key)
+    stepped.prompts[ref.prefix_key] = PromptCorruptError("a bit was flipped")
+
+    assert prefixes.acquire(ref) is None
+    assert prefixes.compile_wanted(limit=8) == []
+    assert prefixes.residency_of(ref.prefix_key) == "store"
+    stepped.load()
+    ((failed,), _) = prefixes.poll()
+    assert isinstance(failed.error, PromptCorruptError)
