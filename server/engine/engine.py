@@ -48,6 +48,7 @@ Deliver = Callable[[Sequence[RowOutput]], None]
 
 IDLE_WAIT_S = 0.5
 STEPS_BETWEEN_AUDITS = 32
+COMPILES_WHEN_IDLE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +379,7 @@ class Engine:
     # --- prompts come and go ----------------------------------------------------------------------------------------
 
     def _take_prompts(self) -> None:
-        """Take in loaded prompts and compile those that rows wait for: all when idle, one a step while rows run."""
+        """Take in loaded prompts and compile those that rows wait for: a few a turn when idle, one while rows run."""
         failed, for_audit = self._prefixes.poll()
         for loaded in for_audit:
             self._auditor.supply(loaded.ref, loaded.prompt)
@@ -387,7 +388,7 @@ class Engine:
                 logger.warning("%s@%s could not be loaded: %s", loaded.ref.task, loaded.ref.version, loaded.error)
                 self._fail_waiting(loaded.ref, loaded.error)
         if self._prefixes.num_wanted:
-            limit = 1 if self._scheduler.running else self._config.max_rows
+            limit = 1 if self._scheduler.running else COMPILES_WHEN_IDLE
             for ref, error in self._prefixes.compile_wanted(limit):
                 self._fail_waiting(ref, error)
 
