@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 
 from benchmarks.workload import Workload
@@ -34,9 +35,11 @@ class OfflineEngine:
         self._engine.stop(timeout_s=30)
 
     def forget_prefixes(self) -> None:
-        """Make the next run cold: every prompt is compiled again."""
+        """Make the next run cold: every prompt is read and compiled again."""
         for key in self._prompts:
             self._engine.evict(key)
+        while any(self._engine.residency(key) != "store" for key in self._prompts):
+            time.sleep(0.01)
 
     def run(self, workload: Workload) -> list[list[int]]:
         """Submit everything at once; returns the new tokens of each request. Raises what a row ended with."""

@@ -48,7 +48,8 @@ Deliver = Callable[[Sequence[RowOutput]], None]
 
 IDLE_WAIT_S = 0.5
 STEPS_BETWEEN_AUDITS = 32
-COMPILES_WHEN_IDLE = 8
+COMPILE_RUNNING_S = 0.04
+COMPILE_IDLE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +380,7 @@ class Engine:
     # --- prompts come and go ----------------------------------------------------------------------------------------
 
     def _take_prompts(self) -> None:
-        """Take in loaded prompts and compile those that rows wait for: a few a turn when idle, one while rows run."""
+        """Take in loaded prompts and compile those that rows wait for: at least one a turn, longer when idle."""
         failed, for_audit = self._prefixes.poll()
         for loaded in for_audit:
             self._auditor.supply(loaded.ref, loaded.prompt)
@@ -388,8 +389,8 @@ class Engine:
                 logger.warning("%s@%s could not be loaded: %s", loaded.ref.task, loaded.ref.version, loaded.error)
                 self._fail_waiting(loaded.ref, loaded.error)
         if self._prefixes.num_wanted:
-            limit = 1 if self._scheduler.running else COMPILES_WHEN_IDLE
-            for ref, error in self._prefixes.compile_wanted(limit):
+            limit_s = COMPILE_RUNNING_S if self._scheduler.running else COMPILE_IDLE_S
+            for ref, error in self._prefixes.compile_wanted(limit_s):
                 self._fail_waiting(ref, error)
 
     def _fail_waiting(self, ref: PromptRef, error: PromptmuxError) -> None:

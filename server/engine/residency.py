@@ -106,10 +106,16 @@ class PrefixResidency:
     def num_wanted(self) -> int:
         return len(self._wanted)
 
-    def compile_wanted(self, limit: int) -> list[tuple[PromptRef, PromptmuxError]]:
-        """Make up to `limit` of the prefixes that rows wait for. Returns those that cannot be made, with the reason."""
+    def compile_wanted(self, limit_s: float) -> list[tuple[PromptRef, PromptmuxError]]:
+        """Make prefixes that rows wait for: at least one, and more until `limit_s` have passed.
+
+        Returns those that cannot be made, with the reason.
+        """
         failed = []
-        for key, ref in list(self._wanted.items())[:limit]:
+        began_s = time.monotonic()
+        for count, (key, ref) in enumerate(list(self._wanted.items())):
+            if count and time.monotonic() - began_s >= limit_s:
+                break
             prompt = self._arrived[key]
             try:
                 tensors = self.compile(ref, prompt)
