@@ -62,6 +62,7 @@ class StepContext:
     plan: StepPlan | None = None
     probe: list[LayerShape] | None = None
     layer_of: dict[int, int] = field(default_factory=dict)
+    num_windowed: int = 0
     num_calls: int = 0
 
 
@@ -103,6 +104,7 @@ def packed_attention(
     if context.probe is not None:
         context.layer_of[id(module)] = len(context.probe)
         context.probe.append(LayerShape(key.shape[1], key.shape[3], value.shape[3]))
+        context.num_windowed += layer.sliding_window is not None
         length = query.shape[2]
         mask = _visible(length, 0, length, layer.sliding_window, query.device)
         return _attend(query, key, value, _additive(mask, query.dtype), layer).transpose(1, 2), None

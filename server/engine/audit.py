@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_PENDING = 32
 
+MAX_TOKENS = 1024
+"""Longer rows, virtual tokens included, are not replayed: one pass over them would hold up everyone's next token."""
+
 TOLERANCE_NATS = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
 """Largest mean difference of a row's log-probabilities that is still put down to rounding."""
 
@@ -77,7 +80,7 @@ class Auditor:
         """Take a finished row in. Returns the prompt that has to be read again for it, if any."""
         if not row.audit_logprobs:
             return None
-        if self.num_pending >= MAX_PENDING:
+        if self.num_pending >= MAX_PENDING or row.num_virtual_tokens + len(row.token_ids) > MAX_TOKENS:
             self._metrics.isolation_audits_total.labels(result="skipped").inc()
             return None
         job = AuditJob(
@@ -120,9 +123,9 @@ class Auditor:
 
     def _replay(self, job: AuditJob, prompt: SoftPrompt | None) -> AuditResult:
         vectors, prefix = self._as_tensors(prompt)
-        logits = self._backbone.reference(job.token_ids[:-1], vectors=vectors, prefix=prefix)
-        first = job.num_prompt_tokens - 1
-        logprobs = torch.log_softmax(logits[first:].float(), dim=-1)
+        num_generated = len(job.token_ids) - job.num_prompt_tokens
+        logits = self._backbone.reference(job.token_ids[:-1], vectors=vectors, prefix=prefix, num_logits=num_generated)
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
         generated = torch.tensor(job.token_ids[job.num_prompt_tokens :], device=logprobs.device)
         expected = logprobs.gather(1, generated[:, None])[:, 0]
         recorded = torch.tensor(job.logprobs, device=logprobs.device)

@@ -21,7 +21,7 @@ from prompt_store.manifest import BackboneShape, ServingDtype
 from server.engine.attention import ATTENTION_NAME, StepContext, attach_context
 from server.engine.fingerprint import fingerprint_folder
 from server.engine.forward import DenseForward, Forward, PackedForward, UnsupportedModelError, reference_logits
-from server.engine.gate import GateResult, check_forward, gate_references, gate_rows
+from server.engine.gate import NUM_PASSES, GateResult, check_forward, gate_references, gate_rows
 from server.engine.kv import KeysValues, KvCache
 from server.engine.plan import StepPlan
 
@@ -144,10 +144,11 @@ class Backbone:
         *,
         vectors: torch.Tensor | None = None,
         prefix: KeysValues | None = None,
+        num_logits: int | None = None,
     ) -> torch.Tensor:
-        """Logits `[len(token_ids), vocab_size]` of one row alone, by the model's own attention."""
+        """Logits of one row alone, by the model's own attention: of all its tokens or of the last `num_logits`."""
         with self._stock_attention():
-            return reference_logits(self.model, token_ids, vectors=vectors, prefix=prefix)
+            return reference_logits(self.model, token_ids, vectors=vectors, prefix=prefix, num_logits=num_logits)
 
     @contextmanager
     def _stock_attention(self) -> Iterator[None]:
@@ -164,23 +165,15 @@ class Backbone:
     def _choose_forward(self) -> tuple[Literal["packed", "dense"], Forward, GateResult]:
         rows = gate_rows(self.vocab_size)
         references = gate_references(self.model, rows)
-        packed_reason = self._packed_refusal()
-        if packed_reason is None:
-            try:
-                self.model.set_attn_implementation(ATTENTION_NAME)
-                packed = PackedForward(self.model, self._context)
-                self._context.num_calls = 0
-                result = check_forward(packed, references, rows, self.dtype, self.device)
-                expected_calls = 5 * len(packed.layers)
-                if result.passed and self._context.num_calls != expected_calls:
-                    packed_reason = f"attention was called {self._context.num_calls} times, not {expected_calls}"
-                elif result.passed:
-                    return "packed", packed, result
-                else:
-                    packed_reason = result.reason
-            except Exception as error:
-                packed_reason = f"{type(error).__name__}: {error}"
-            self.model.set_attn_implementation(_STOCK_ATTENTION)
+        try:
+            packed, result = self._try_packed(references, rows)
+        except UnsupportedModelError as error:
+            packed_reason = str(error)
+        except Exception as error:
+            packed_reason = f"{type(error).__name__}: {error}"
+        else:
+            return "packed", packed, result
+        self.model.set_attn_implementation(_STOCK_ATTENTION)
         logger.warning("backbone %s is not served packed: %s", self.name, packed_reason)
         try:
             dense = DenseForward(self.model)
@@ -195,10 +188,32 @@ class Backbone:
             f"{self.name} ({self.model.config.model_type}) is refused. Packed: {packed_reason}. Dense: {dense_reason}."
         )
 
-    def _packed_refusal(self) -> str | None:
+    def _try_packed(
+        self, references: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]
+    ) -> tuple[PackedForward, GateResult]:
+        """Raises UnsupportedModelError when the model cannot be run packed, or fails the gate."""
+        config = self.model.config.get_text_config()
         if not self.model._can_set_attn_implementation():
-            return f"{self.model.config.model_type} does not use transformers' attention interface"
-        return None
+            raise UnsupportedModelError(f"{config.model_type} does not use transformers' attention interface")
+        # The next two are asked outright: the gate's rows are too short to notice.
+        chunk = getattr(config, "attention_chunk_size", None)
+        if chunk is not None and chunk < self.max_model_len:
+            raise UnsupportedModelError(f"a mask of its own cuts its attention into chunks of {chunk} tokens")
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        packed = PackedForward(self.model, self._context)
+        declared = _num_windowed_layers(config, self.max_model_len)
+        if self._context.num_windowed < declared:
+            raise UnsupportedModelError(
+                f"{declared} layers have a sliding window, {self._context.num_windowed} pass it to their attention"
+            )
+        self._context.num_calls = 0
+        result = check_forward(packed, references, rows, self.dtype, self.device)
+        if result.reason is not None:
+            raise UnsupportedModelError(result.reason)
+        expected_calls = NUM_PASSES * len(packed.layers)
+        if self._context.num_calls != expected_calls:
+            raise UnsupportedModelError(f"attention was called {self._context.num_calls} times, not {expected_calls}")
+        return packed, result
 
 
 def _hidden_size(model: PreTrainedModel) -> int:
@@ -210,7 +225,40 @@ def _context_length(model: PreTrainedModel, wanted: int | None) -> int:
     config = model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     known = min((int(limit) for limit in limits if limit), default=2048)
-    return min(known, wanted) if wanted is not None else known
+    unscaled = _unscaled_length(config, known)
+    if unscaled < known:
+        logger.warning(
+            "max_model_len is capped at %d: beyond it this model's rotary frequencies depend on the longest row of the "
+            "batch, so that a row's answer would depend on its neighbours",
+            unscaled,
+        )
+    return min(unscaled, wanted) if wanted is not None else unscaled
+
+
+def _unscaled_length(config: Any, known: int) -> int:
+    """The longest position at which rotary frequencies are still the same for every row of a batch.
+
+    transformers switches "dynamic" and "longrope" frequencies by the largest position in the whole packed batch.
+    """
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    length = known
+    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            original = kind.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            length = min(length, int(original or known))
+    return length
+
+
+def _num_windowed_layers(config: Any, max_model_len: int) -> int:
+    """How many layers the configuration gives a sliding window that a row can exceed."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= max_model_len:
+        return 0
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return int(config.num_hidden_layers)
+    return sum(kind == "sliding_attention" for kind in layer_types)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -219,7 +267,8 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     for source in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
         if source is not None:
             ids.update(source if isinstance(source, list | tuple) else [source])
-    return frozenset(int(i) for i in ids)
+    # A tokenizer may know more ids than the model has logits.
+    return frozenset(int(i) for i in ids if 0 <= int(i) < model.config.get_text_config().vocab_size)
 
 
 def _choose_device(device: str) -> torch.device:

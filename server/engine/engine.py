@@ -48,7 +48,7 @@ Deliver = Callable[[Sequence[RowOutput]], None]
 
 IDLE_WAIT_S = 0.5
 STEPS_BETWEEN_AUDITS = 32
-COMPILE_RUNNING_S = 0.04
+COMPILE_RUNNING_S = 0.1
 COMPILE_IDLE_S = 0.25
 
 
@@ -103,7 +103,6 @@ class Engine:
         )
         self._prefixes = PrefixResidency(
             backbone,
-            self._kv,
             config,
             metrics,
             load_prompt=load_prompt,
@@ -299,16 +298,13 @@ class Engine:
 
     def _try_admit(self, row: Row) -> Admission:
         prompt = row.request.prompt
-        prefix = None
-        if prompt is not None:
-            prefix = self._prefixes.acquire(prompt)
-            if prefix is None:
-                return Admission.PREFIX_NOT_READY
+        if prompt is not None and prompt.prefix_key not in self._prefixes.device:
+            self._prefixes.bring(prompt)
+            return Admission.PREFIX_NOT_READY
         slot = self._kv.allocate(row.serial, row.max_total_tokens)
         if slot is None:
-            if prefix is not None:
-                self._prefixes.device.release(prefix)
             return Admission.NO_ROOM
+        prefix = self._prefixes.acquire(prompt) if prompt is not None else None
         row.slot, row.prefix = slot, prefix
         if prefix is not None:
             self._kv.copy_in(slot, prefix.tensors, prefix.uid)
@@ -373,6 +369,9 @@ class Engine:
             for row in list(self._rows.values()):
                 self._outputs.append(RowOutput(row_id=row.row_id, error=error))
             self._rows.clear()
+            self._scheduler.clear()
+            with self._lock:
+                self._num_waiting = 0
             self._flush()
         except Exception:
             logger.exception("the rows that were left could not be told")
@@ -387,15 +386,21 @@ class Engine:
         for loaded in failed:
             if loaded.error is not None:
                 logger.warning("%s@%s could not be loaded: %s", loaded.ref.task, loaded.ref.version, loaded.error)
-                self._fail_waiting(loaded.ref, loaded.error)
+                self._fail_waiting(loaded.ref, loaded.error, same_version_only=True)
         if self._prefixes.num_wanted:
             limit_s = COMPILE_RUNNING_S if self._scheduler.running else COMPILE_IDLE_S
             for ref, error in self._prefixes.compile_wanted(limit_s):
                 self._fail_waiting(ref, error)
 
-    def _fail_waiting(self, ref: PromptRef, error: PromptmuxError) -> None:
+    def _fail_waiting(self, ref: PromptRef, error: PromptmuxError, *, same_version_only: bool = False) -> None:
+        """End the rows that wait for a prompt that will not come.
+
+        What cannot be compiled cannot be for anyone; but a load may have failed because one of two versions that share
+        a file was deleted, and rows of the other ask again by themselves.
+        """
         for row in list(self._scheduler.waiting):
-            if row.request.prompt is not None and row.request.prompt.prefix_key == ref.prefix_key:
+            prompt = row.request.prompt
+            if prompt is not None and prompt.prefix_key == ref.prefix_key and (prompt == ref or not same_version_only):
                 self._end_row(row, error=error)
 
     def _evict_doomed(self) -> None:

@@ -192,21 +192,25 @@ def reference_logits(
     *,
     vectors: torch.Tensor | None = None,
     prefix: KeysValues | None = None,
+    num_logits: int | None = None,
 ) -> torch.Tensor:
-    """The logits `[len(token_ids), vocab_size]` of one row alone, by the model's own attention: no plan, no slot.
+    """The logits `[num_logits, vocab_size]` of one row alone, by the model's own attention: no plan, no slot.
 
-    `vectors [k, hidden_size]` are prepended to the input embeddings (Lester 2021); `prefix` fills the past of every
+    They are those of its last `num_logits` tokens, by default of all of them. `vectors [k, hidden_size]` are prepended
+    to the input embeddings (Lester 2021); `prefix` fills the past of every
     layer (Li & Liang 2021). This is what tests, gate and audit compare the packed path with; the caller has set the
     model to its own attention.
     """
     device = model.device
     embeds = embed(model, torch.tensor(list(token_ids), dtype=torch.long, device=device)).unsqueeze(0)
     kwargs: dict[str, Any] = {}
-    k = 0
+    wanted = num_logits if num_logits is not None else len(token_ids)
     if vectors is not None:
-        k = len(vectors)
         embeds = torch.cat([vectors.to(embeds).unsqueeze(0), embeds], dim=1)
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in parameters:
+        kwargs["logits_to_keep"] = wanted
+    if "position_ids" in parameters:
         start = prefix.num_tokens if prefix is not None else 0
         kwargs["position_ids"] = torch.arange(start, start + embeds.shape[1], device=device).unsqueeze(0)
     if prefix is not None:
@@ -218,5 +222,5 @@ def reference_logits(
         output = model(inputs_embeds=embeds, past_key_values=cache, attention_mask=mask, use_cache=True, **kwargs)
     else:
         output = model(inputs_embeds=embeds, use_cache=False, **kwargs)
-    logits: torch.Tensor = output.logits[0, k:]
+    logits: torch.Tensor = output.logits[0, -wanted:]
     return logits

@@ -21,6 +21,9 @@ from server.engine.slots import SlotLedger
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest allowed root-mean-square difference of logits, relative to the reference's own spread."""
 
+NUM_PASSES = 5
+"""Forward passes that a passed gate has run."""
+
 _LONG, _SHORT = 9, 5
 
 

@@ -17,7 +17,8 @@ from prompt_store.manifest import SoftPrompt
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 from server.engine.isolation import Claim, check_plan
-from server.engine.kv import KeysValues, KvCache
+from server.engine.kv import KeysValues
+from server.engine.memory import make_scratch
 from server.engine.plan import PlanEntry, build_plan
 from server.engine.prefix import HostCache, LoadedPrompt, Prefix, PrefixCache, PromptLoader, Residency
 from server.engine.request import PromptRef
@@ -33,7 +34,6 @@ class PrefixResidency:
     def __init__(
         self,
         backbone: Backbone,
-        kv: KvCache,
         config: EngineConfig,
         metrics: Metrics,
         *,
@@ -45,7 +45,8 @@ class PrefixResidency:
         self.host = HostCache(config.host_prompt_bytes, metrics)
         self.loader = PromptLoader(load_prompt, wake)
         self._backbone = backbone
-        self._kv = kv
+        # Prompts are compiled in a slot of their own: a prompt must not wait until long rows leave theirs.
+        self._scratch = make_scratch(backbone, config)
         self._metrics = metrics
         self._next_serial = next_serial
         self._wanted: dict[str, PromptRef] = {}  # to be compiled, in the order in which rows asked
@@ -64,8 +65,8 @@ class PrefixResidency:
         if not on_device:
             on_host = ref.prefix_key in self.host
             self._count(on_host, "host")
-            self._asked_at_s.setdefault(ref.prefix_key, time.monotonic())
             if not on_host and ref.prefix_key not in self._arrived:
+                self._asked_at_s.setdefault(ref.prefix_key, time.monotonic())
                 self.loader.request(ref)
 
     def acquire(self, ref: PromptRef) -> Prefix | None:
@@ -122,9 +123,6 @@ class PrefixResidency:
             except PromptmuxError as error:
                 failed.append((ref, error))
                 tensors = None
-            else:
-                if tensors is None:
-                    return failed  # no slot is free for it now; rows will end
             del self._wanted[key], self._arrived[key]
             asked_at_s = self._asked_at_s.pop(key, None)
             if tensors is not None:
@@ -141,20 +139,14 @@ class PrefixResidency:
         self._arrived.pop(key, None)
         self._asked_at_s.pop(key, None)
 
-    def compile(self, ref: PromptRef, prompt: SoftPrompt) -> KeysValues | None:
-        """The prompt's prefix, or None when no slot is free to compile it in.
+    def compile(self, ref: PromptRef, prompt: SoftPrompt) -> KeysValues:
+        """The prompt's prefix.
 
         Raises PromptMismatchError when its shape is not what the reference says or does not fit the backbone,
         NumericalError when it comes out not finite.
         """
         self._require_fit(ref, prompt)
-        if prompt.kind == "prefix":
-            prefix = self._cast_prefix(prompt)
-        else:
-            compiled = self._compile_embeddings(prompt)
-            if compiled is None:
-                return None
-            prefix = compiled
+        prefix = self._cast_prefix(prompt) if prompt.kind == "prefix" else self._compile_embeddings(prompt)
         if not all(bool(torch.isfinite(t).all()) for t in (*prefix.keys, *prefix.values)):
             raise NumericalError(f"the prefix of {ref.task}@{ref.version} is not finite in {self._backbone.dtype_name}")
         return prefix
@@ -167,9 +159,9 @@ class PrefixResidency:
                 f"its file has {prompt.num_virtual_tokens} {prompt.kind}"
             )
         k = prompt.num_virtual_tokens
-        if k > self._kv.ledger.max_tokens:
+        if k > self._scratch.ledger.max_tokens:
             raise PromptMismatchError(
-                f"{ref.task}@{ref.version} has {k} virtual tokens, the context length is {self._kv.ledger.max_tokens}"
+                f"{ref.task}@{ref.version} has {k} virtual tokens; {self._scratch.ledger.max_tokens} are allowed"
             )
         shape = self._backbone.shape(k)
         if prompt.kind == "prefix":
@@ -185,23 +177,23 @@ class PrefixResidency:
         stacked = torch.from_numpy(prompt.values).to(device=self._backbone.device, dtype=self._backbone.dtype)
         return KeysValues(tuple(layer[0] for layer in stacked), tuple(layer[1] for layer in stacked))
 
-    def _compile_embeddings(self, prompt: SoftPrompt) -> KeysValues | None:
+    def _compile_embeddings(self, prompt: SoftPrompt) -> KeysValues:
         k = prompt.num_virtual_tokens
         serial = self._next_serial()
-        slot = self._kv.allocate(serial, k)
+        slot = self._scratch.allocate(serial, k)
         if slot is None:
-            return None
+            raise RuntimeError("the slot for compiling prompts is taken")
         try:
             vectors = torch.from_numpy(np.ascontiguousarray(prompt.values)).to(self._backbone.device)
             placeholders = [0] * k
             plan, _ = build_plan([PlanEntry(slot, 0, placeholders, logits_from=k, vectors=vectors)])
             claim = Claim(serial, slot, 0, placeholders, num_logits=0, vectors=vectors)
-            for violation in check_plan(plan, [claim], self._kv.ledger.slabs):
+            for violation in check_plan(plan, [claim], self._scratch.ledger.slabs):
                 raise IsolationError(f"compiling a prompt: {violation.reason}")
-            self._backbone.forward(self._kv, plan)
-            return self._kv.copy_out(slot, k)
+            self._backbone.forward(self._scratch, plan)
+            return self._scratch.copy_out(slot, k)
         finally:
-            self._kv.free(slot, k)
+            self._scratch.free(slot, k)
 
     def _count(self, hit: bool, tier: str) -> None:
         counter = self._metrics.prompt_cache_hits_total if hit else self._metrics.prompt_cache_misses_total

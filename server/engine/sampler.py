@@ -21,6 +21,9 @@ LOWEST_LOGPROB = -9999.0
 MIN_TEMPERATURE = 1e-5
 """Lower ones are raised to it: it is greedy already, and dividing by less leaves the range of fp32."""
 
+NUM_RANKED = 1024
+"""How many of the likeliest tokens truncation looks at first."""
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -179,13 +182,53 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> torch.Tensor:
 
 
 def _truncate(probs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Zero what top_k and top_p leave out. Ties at the border are cut by the sort's order, so exactly k stay."""
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    """Zero what top_k and top_p leave out; exactly k stay where probabilities at the border are equal.
+
+    A sort of the whole vocabulary takes longer than a decode step. Nearly always the likeliest thousand hold all that
+    is kept; only for rows where they do not is the rest looked at.
+    """
     vocab_size = probs.shape[1]
-    ranks = torch.arange(vocab_size, device=probs.device)
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params], device=probs.device)
+    total = probs.sum(dim=-1, keepdim=True)
+    num_ranked = min(NUM_RANKED, vocab_size)
+    ordered, order = probs.topk(num_ranked, dim=-1)
+    reached = ordered.sum(dim=-1)
+    unsettled = [
+        i
+        for i, p in enumerate(params)
+        if num_ranked < vocab_size
+        and (p.top_k > num_ranked or (p.top_k == 0 and float(reached[i]) < p.top_p * float(total[i])))
+    ]
+    if not unsettled:
+        return _keep_ranked(probs, ordered, order, total, params)
+    settled = [i for i in range(len(params)) if i not in set(unsettled)]
+    result = torch.empty_like(probs)
+    if settled:
+        index = torch.tensor(settled, device=probs.device)
+        result[index] = _keep_ranked(
+            probs[index], ordered[index], order[index], total[index], [params[i] for i in settled]
+        )
+    index = torch.tensor(unsettled, device=probs.device)
+    ordered, order = probs[index].sort(dim=-1, descending=True)
+    result[index] = _keep_ranked(probs[index], ordered, order, total[index], [params[i] for i in unsettled])
+    return result
+
+
+def _keep_ranked(
+    probs: torch.Tensor,
+    ordered: torch.Tensor,
+    order: torch.Tensor,
+    total: torch.Tensor,
+    params: Sequence[SamplingParams],
+) -> torch.Tensor:
+    """`probs [n, vocab_size]` with all zeroed but what stays among its likeliest `ordered`, at the ids `order`."""
+    num_ranked = ordered.shape[1]
+    ranks = torch.arange(num_ranked, device=probs.device)
+    top_k = torch.tensor([p.top_k if p.top_k > 0 else probs.shape[1] for p in params], device=probs.device)
+    # After top_k, top_p is a share of what top_k has left (vLLM's order); without it, of everything.
+    kept_total = torch.where(ranks < top_k[:, None], ordered, 0.0).sum(dim=-1, keepdim=True)
+    total = torch.where(top_k[:, None] < probs.shape[1], kept_total, total)
     ordered = torch.where(ranks < top_k[:, None], ordered, 0.0)
     top_p = torch.tensor([p.top_p for p in params], device=probs.device)
     before = ordered.cumsum(dim=-1) - ordered
-    keep = (before < top_p[:, None] * ordered.sum(dim=-1, keepdim=True)) | (ranks == 0)
+    keep = (before < top_p[:, None] * total) | (ranks == 0)
     return torch.zeros_like(probs).scatter_(1, order, torch.where(keep, ordered, 0.0))

@@ -77,7 +77,8 @@ class Scheduler:
 
     `try_admit(row)` is the engine's: it gives the row its prefix and its slot and says whether it could. A row whose
     prefix is still being loaded delays only itself; one for which there is no room holds those behind it back, since a
-    long row would otherwise wait for ever behind short ones. Not thread-safe: the engine thread owns it.
+    long row would otherwise wait for ever behind short ones. At most `max_cold_prompts` prompts are being brought for
+    rows that wait. Not thread-safe: the engine thread owns it.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Scheduler:
         max_step_tokens: int,
         prefill_chunk: int,
         try_admit: Callable[[Row], Admission],
-        lookahead_rows: int | None = None,
+        max_cold_prompts: int | None = None,
     ) -> None:
         if max_step_tokens < max_rows:
             raise ValueError(f"max_step_tokens ({max_step_tokens}) must be at least max_rows ({max_rows})")
@@ -97,7 +98,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._prefill_chunk = prefill_chunk
         self._try_admit = try_admit
-        self._lookahead_rows = lookahead_rows if lookahead_rows is not None else 2 * max_rows
+        self._max_cold_prompts = max_cold_prompts if max_cold_prompts is not None else 2 * max_rows
 
     def add(self, row: Row) -> None:
         self.waiting.add(row)
@@ -109,6 +110,13 @@ class Scheduler:
         elif row.state is RowState.RUNNING:
             self.running.remove(row)
         row.state = RowState.FINISHED
+
+    def clear(self) -> None:
+        """Forget all rows: the engine has ended."""
+        for row in [*self.running, *self.waiting]:
+            row.state = RowState.FINISHED
+        self.running.clear()
+        self.waiting = WaitingRows()
 
     def schedule(self) -> list[ScheduledRow]:
         """The rows of the next step. Empty when nothing can run."""
@@ -147,13 +155,19 @@ class Scheduler:
     def _admissible(self, budget: int) -> Iterator[Row]:
         if budget <= 0 or len(self.running) >= self._max_rows or not len(self.waiting):
             return
-        for seen, row in enumerate(list(self.waiting)):
-            if seen >= self._lookahead_rows or len(self.running) >= self._max_rows:
+        not_ready: set[str] = set()  # many rows of one cold task count as one
+        for row in list(self.waiting):
+            prompt = row.request.prompt
+            key = prompt.prefix_key if prompt is not None else row.row_id
+            if key in not_ready:
+                continue
+            if len(not_ready) >= self._max_cold_prompts or len(self.running) >= self._max_rows:
                 return
             admission = self._try_admit(row)
             if admission is Admission.NO_ROOM:
                 return
             if admission is Admission.PREFIX_NOT_READY:
+                not_ready.add(key)
                 continue
             self.waiting.remove(row)
             row.state = RowState.RUNNING

@@ -92,11 +92,12 @@ class SlotLedger:
 
     @property
     def num_slots_used(self) -> int:
-        return sum(slab.num_used for slab in self.slabs.values())
+        return sum(slab.num_used for slab in tuple(self.slabs.values()))
 
     @property
     def tokens_used(self) -> int:
-        return sum(slab.num_used * slab.capacity for slab in self.slabs.values())
+        """Also read by other threads, for a gauge: hence the copy of the slabs."""
+        return sum(slab.num_used * slab.capacity for slab in tuple(self.slabs.values()))
 
     def can_allocate(self, num_tokens: int) -> bool:
         capacity = self.capacity_for(num_tokens, self.max_tokens)

@@ -22,6 +22,8 @@ class TextStream:
     """Turns one row's generated tokens into final text; `context` are the client's tokens before them."""
 
     WINDOW = 6
+    MAX_PENDING_IDS = 8
+    """No character spans more tokens: what is still incomplete then will never be complete."""
 
     def __init__(
         self, tokenizer: Tokenizer, *, context: Sequence[int], stop: Sequence[str], skip_special_tokens: bool
@@ -44,7 +46,8 @@ class TextStream:
         self._ids.append(token_id)
         known = self._decode(self._ids[self._window : self._read])
         grown = self._decode(self._ids[self._window :])
-        if len(grown) > len(known) and not grown.endswith(REPLACEMENT):
+        is_overdue = len(self._ids) - self._read > self.MAX_PENDING_IDS
+        if len(grown) > len(known) and (is_overdue or not grown.endswith(REPLACEMENT)):
             self._held += grown[len(known) :]
             self._window, self._read = self._read, len(self._ids)
         return self._release(check_stop)

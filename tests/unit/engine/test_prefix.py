@@ -57,12 +57,7 @@ class DeviceTierSchedule(RuleBasedStateMachine):
         assert (prefix.key, prefix.digest, prefix.num_users) == (ref.prefix_key, ref.digest, 0)
         self.uids.add(prefix.uid)
         self.resident[ref.prefix_key] = prefix
-        for old_key in list(self.resident)[:-1]:
-            if self.expected_bytes() <= self.max_bytes:
-                break
-            if old_key not in self.pinned and not self.users(self.resident[old_key]):
-                assert not self.resident.pop(old_key).is_alive
-                self.num_evicted += 1
+        self.expect_evictions(list(self.resident)[:-1])
 
     @rule(key=st.sampled_from(KEYS))
     def acquire(self, key: str) -> None:
@@ -77,6 +72,8 @@ class DeviceTierSchedule(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         prefix = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
         self.cache.release(prefix)
+        if not self.users(prefix):
+            self.expect_evictions(list(self.resident))
 
     @rule(keys=st.frozensets(st.sampled_from(KEYS), max_size=2))
     def pin(self, keys: frozenset[str]) -> None:
@@ -88,6 +85,14 @@ class DeviceTierSchedule(RuleBasedStateMachine):
         self.cache.evict(f"key-{key}")
         prefix = self.resident.pop(f"key-{key}", None)
         assert prefix is None or not prefix.is_alive
+
+    def expect_evictions(self, candidates: list[str]) -> None:
+        for key in candidates:
+            if self.expected_bytes() <= self.max_bytes:
+                break
+            if key not in self.pinned and not self.users(self.resident[key]):
+                assert not self.resident.pop(key).is_alive
+                self.num_evicted += 1
 
     def users(self, prefix: Prefix) -> int:
         return sum(held is prefix for held in self.holders)

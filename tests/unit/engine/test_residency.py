@@ -11,11 +11,10 @@ from transformers import DynamicCache
 from prompt_store.manifest import SoftPrompt
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
-from server.engine.kv import KeysValues, KvCache
+from server.engine.kv import KeysValues
 from server.engine.prefix import PromptLoader
 from server.engine.request import PromptRef
 from server.engine.residency import PrefixResidency
-from server.engine.slots import SlotLedger
 from server.errors import NumericalError, PromptCorruptError, PromptMismatchError
 from server.metrics import Metrics
 from tests.unit.engine.prompts import make_prompt, make_ref
@@ -30,23 +29,21 @@ def serve_what_was_asked(loader: PromptLoader) -> None:
 class Bench:
     """A residency with small memory and a store that is a dictionary; answers that are exceptions are raised."""
 
-    def __init__(self, backbone: Backbone, *, budget_tokens: int = 512, **config: Any) -> None:
+    def __init__(self, backbone: Backbone, **config: Any) -> None:
         self.backbone = backbone
         self.metrics = Metrics()
         self.answers: dict[str, SoftPrompt | Exception] = {}
         self.loads: list[str] = []
-        ledger = SlotLedger(max_tokens=256, budget_tokens=budget_tokens, slab_tokens=256, max_slots_per_slab=4)
-        self.kv = KvCache(backbone.layers, ledger, dtype=backbone.dtype, device=backbone.device, poison_freed=True)
         self.next_serial = 1000
         self.residency = PrefixResidency(
             backbone,
-            self.kv,
-            EngineConfig(**config),
+            EngineConfig(poison_freed_slots=True, **config),
             self.metrics,
             load_prompt=self._load,
             wake=lambda: None,
             next_serial=self._serial,
         )
+        self.scratch = self.residency._scratch
 
     def add(self, key: str, *, k: int = 3, kind: str = "embeddings", seed: int = 0) -> PromptRef:
         ref = make_ref(key, k=k, kind=kind)
@@ -62,7 +59,7 @@ class Bench:
         for ref in refs:
             self.residency.bring(ref)
         assert self.arrive() == []
-        assert self.residency.compile_wanted(len(refs)) == []
+        assert self.residency.compile_wanted(60.0) == []
 
     def where(self, *refs: PromptRef) -> list[str]:
         return [self.residency.residency_of(ref.prefix_key) for ref in refs]
@@ -110,7 +107,7 @@ def test_compiled_embeddings_are_what_the_model_itself_keeps_of_them(llama: Back
     prompt = make_prompt(llama, ref, seed=0)
     compiled = bench.residency.compile(ref, prompt)
     assert_equal(tensors_of(compiled), own_keys_values(llama, prompt.values), tolerance=2e-5)
-    assert bench.kv.ledger.num_slots_used == 0, "the slot it was compiled in is given back"
+    assert bench.scratch.ledger.num_slots_used == 0, "the slot it was compiled in is given back"
 
 
 def test_trained_keys_and_values_are_taken_as_they_are(llama: Backbone) -> None:
@@ -126,9 +123,9 @@ def test_prompt_compiled_again_has_the_same_bits_whatever_lies_in_memory(llama: 
     ref = bench.add("a", k=7)
     prompt = make_prompt(llama, ref, seed=2)
     first = tensors_of(bench.residency.compile(ref, prompt))
-    other = bench.kv.allocate(1, 100)
+    other = bench.scratch.allocate(1, 100)
     assert other is not None
-    for tensor in (*bench.kv.slabs[other.slab].keys, *bench.kv.slabs[other.slab].values):
+    for tensor in (*bench.scratch.slabs[other.slab].keys, *bench.scratch.slabs[other.slab].values):
         tensor[other.index] = 1e4
     assert_equal(tensors_of(bench.residency.compile(ref, prompt)), first)
 
@@ -141,7 +138,7 @@ def test_prompt_that_is_not_finite_is_refused_and_its_slot_given_back(llama: Bac
     prompt.values[-1] = np.nan
     with pytest.raises(NumericalError, match="task-a@1 is not finite"):
         bench.residency.compile(ref, prompt)
-    assert bench.kv.ledger.num_slots_used == 0
+    assert bench.scratch.ledger.num_slots_used == 0
 
 
 @pytest.mark.parametrize(
@@ -180,7 +177,7 @@ def test_prompt_goes_from_store_to_host_to_device_and_hits_and_misses_are_counte
     assert bench.arrive() == []
     assert bench.where(ref) == ["host"]
     assert bench.residency.num_wanted == 1
-    assert bench.residency.compile_wanted(8) == []
+    assert bench.residency.compile_wanted(60.0) == []
     assert bench.where(ref) == ["device"]
     prefix = bench.residency.acquire(ref)
     assert prefix is not None
@@ -204,7 +201,7 @@ def test_evicted_prefix_comes_back_from_the_host_without_the_store(llama: Backbo
     bench.bring(other)
     assert bench.where(one, other) == ["host", "device"]
     assert bench.residency.acquire(one) is None
-    assert bench.residency.compile_wanted(1) == []
+    assert bench.residency.compile_wanted(60.0) == []
     again = bench.residency.acquire(one)
     assert again is not None
     assert again.uid != first.uid
@@ -212,15 +209,17 @@ def test_evicted_prefix_comes_back_from_the_host_without_the_store(llama: Backbo
     assert bench.loads == [one.prefix_key, other.prefix_key]
 
 
-def test_at_most_limit_prefixes_are_made_at_once_first_asked_first_made(llama: Backbone) -> None:
+def test_one_prefix_is_made_however_short_the_time_first_asked_first_made(llama: Backbone) -> None:
     bench = Bench(llama)
     refs = [bench.add(key) for key in "abc"]
     for ref in refs:
         bench.residency.bring(ref)
     bench.arrive()
-    assert bench.residency.compile_wanted(2) == []
-    assert bench.where(*refs) == ["device", "device", "host"]
-    assert bench.residency.num_wanted == 1
+    assert bench.residency.compile_wanted(0.0) == []
+    assert bench.where(*refs) == ["device", "host", "host"]
+    assert bench.residency.num_wanted == 2
+    assert bench.residency.compile_wanted(60.0) == []
+    assert bench.where(*refs) == ["device"] * 3
 
 
 def test_prompt_that_cannot_be_made_is_reported_and_the_others_are_made(llama: Backbone) -> None:
@@ -230,25 +229,11 @@ def test_prompt_that_cannot_be_made_is_reported_and_the_others_are_made(llama: B
     for ref in (bad, good):
         bench.residency.bring(ref)
     bench.arrive()
-    ((failed, error),) = bench.residency.compile_wanted(8)
+    ((failed, error),) = bench.residency.compile_wanted(60.0)
     assert failed is bad
     assert isinstance(error, PromptMismatchError)
     assert bench.where(good) == ["device"]
     assert bench.residency.num_wanted == 0
-
-
-def test_prompt_waits_for_a_slot_to_be_made_in(llama: Backbone) -> None:
-    bench = Bench(llama, budget_tokens=256)
-    ref = bench.add("a")
-    taken = bench.kv.allocate(1, 256)
-    assert taken is not None
-    bench.residency.bring(ref)
-    bench.arrive()
-    assert bench.residency.compile_wanted(8) == []
-    assert (bench.where(ref), bench.residency.num_wanted) == (["host"], 1)
-    bench.kv.free(taken, 0)
-    assert bench.residency.compile_wanted(8) == []
-    assert (bench.where(ref), bench.residency.num_wanted) == (["device"], 0)
 
 
 def test_failed_load_is_reported_and_may_be_asked_for_again(llama: Backbone) -> None:

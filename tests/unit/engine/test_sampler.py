@@ -160,7 +160,7 @@ def test_ties_at_the_border_of_top_k_leave_exactly_k() -> None:
     rows = [make_row(SamplingParams(top_k=3), seed=seed) for seed in range(400)]
     found = {s.token_id for s in sample(torch.zeros(400, VOCAB_SIZE), rows)}
 
-    assert found == {0, 1, 2}
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45, 1e-300])

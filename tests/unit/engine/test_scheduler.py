@@ -61,14 +61,14 @@ def make_scheduler(
     max_rows: int = 8,
     max_step_tokens: int = 100,
     prefill_chunk: int = 50,
-    lookahead_rows: int | None = None,
+    max_cold_prompts: int | None = None,
 ) -> Scheduler:
     return Scheduler(
         max_rows=max_rows,
         max_step_tokens=max_step_tokens,
         prefill_chunk=prefill_chunk,
         try_admit=admitter,
-        lookahead_rows=lookahead_rows,
+        max_cold_prompts=max_cold_prompts,
     )
 
 
@@ -108,7 +108,7 @@ class Schedule(RuleBasedStateMachine):
             max_rows=max_rows,
             max_step_tokens=self.budget,
             prefill_chunk=chunk,
-            lookahead_rows=lookahead,
+            max_cold_prompts=lookahead,
         )
         self.rows: dict[int, Row] = {}
         self.next_serial = 1
@@ -287,7 +287,7 @@ def test_row_whose_prefix_is_not_ready_delays_only_itself_and_keeps_its_place() 
 def test_rows_beyond_the_lookahead_are_not_tried() -> None:
     admitter = Admitter()
     admitter.not_ready = {1, 2}
-    scheduler = make_scheduler(admitter, lookahead_rows=2)
+    scheduler = make_scheduler(admitter, max_cold_prompts=2)
     for serial in (1, 2, 3):
         scheduler.add(make_row(serial))
     assert scheduler.schedule() == []
