@@ -54,7 +54,8 @@ class Metrics:
         self.draining = self._gauge("draining", "1 while the server finishes its rows before it exits, else 0.")
 
         self.prompt_tokens_total = self._counter(
-            "prompt_tokens_total", "Prompt tokens of the clients that were processed; virtual tokens are not counted."
+            "prompt_tokens_total",
+            "Prompt tokens of the clients, counted when rows are submitted; virtual tokens are not.",
         )
         self.generation_tokens_total = self._counter("generation_tokens_total", "Tokens generated.")
         self.num_preemptions_total = self._counter(
@@ -77,16 +78,18 @@ class Metrics:
             ("result",),
         )
         self.prompt_cache_hits_total = self._counter(
-            "prompt_cache_hits_total", "Admitted rows whose prompt was resident, by tier.", ("tier",)
+            "prompt_cache_hits_total", "Rows whose prompt was resident when they were submitted, by tier.", ("tier",)
         )
         self.prompt_cache_misses_total = self._counter(
-            "prompt_cache_misses_total", "Admitted rows whose prompt was not resident, by tier.", ("tier",)
+            "prompt_cache_misses_total",
+            "Rows whose prompt was not resident when they were submitted, by tier.",
+            ("tier",),
         )
         self.prompt_cache_evictions_total = self._counter(
             "prompt_cache_evictions_total", "Prompts that made room for others, by tier.", ("tier",)
         )
         self.isolation_checks_total = self._counter(
-            "isolation_checks_total", "Steps whose plan was checked against the ledger of owners."
+            "isolation_checks_total", "Rows of steps' plans that were checked against the ledger of owners."
         )
         self.isolation_violations_total = self._counter(
             "isolation_violations_total", "Rows ended because plan and ledger disagreed. Anything but 0 is an incident."

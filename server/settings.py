@@ -58,7 +58,15 @@ Folder = Annotated[Path, BeforeValidator(_expand_user)]
 # The order and the headings of `promptmux serve --help` and docs/settings.md; a test holds that nothing is missing.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "Model": ("model", "dtype", "device", "num_threads", "max_model_len"),
-    "Network": ("host", "port", "drain_timeout_s", "slow_reader_timeout_s", "ping_interval_s"),
+    "Network": (
+        "host",
+        "port",
+        "drain_timeout_s",
+        "failure_grace_s",
+        "slow_reader_timeout_s",
+        "ping_interval_s",
+        "upload_timeout_s",
+    ),
     "Folders": ("data_dir", "cache_dir", "demo_dir"),
     "Batch": ("max_rows", "max_step_tokens", "prefill_chunk", "max_waiting_rows"),
     "Memory": ("kv_cache_bytes", "prefix_cache_bytes", "host_prompt_bytes"),
@@ -135,6 +143,12 @@ class Settings(BaseModel):
         le=86400,
         description="How long running requests may go on after SIGTERM before they end with an error.",
     )
+    failure_grace_s: float = Field(
+        5.0,
+        ge=0,
+        le=86400,
+        description="How long a server whose engine has failed answers /livez with 503 before it exits with code 1.",
+    )
     slow_reader_timeout_s: float = Field(
         30.0,
         gt=0,
@@ -146,6 +160,12 @@ class Settings(BaseModel):
         gt=0,
         le=86400,
         description="A silent stream gets a comment line this often, so that proxies keep it open.",
+    )
+    upload_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        le=86400,
+        description="How long the body of a prompt upload may take to arrive.",
     )
     data_dir: Folder = Field(
         default_factory=default_data_dir,

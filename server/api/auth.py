@@ -5,7 +5,6 @@ a route someone adds later is closed until a rule opens it. Refuses to know how 
 """
 
 import re
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -14,14 +13,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from prompt_store.errors import PromptStoreError
 from server.api.context import context_of
 from server.errors import PermissionDeniedError
+from server.loopback import is_loopback
 from server.runtime.service import Runtime
 from server.runtime.store_errors import to_client_error
 from server.tenancy.keys import Caller
 from server.tenancy.keys import Scope as KeyScope
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/version", "/metrics"})
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+_HOST = re.compile(r"(?:\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[^:\[\]/@]*))(?::\d*)?")
 
 # The first rule that matches holds. A path that none matches needs a key, of whatever scope.
 _RULES: tuple[tuple[re.Pattern[str], bool, KeyScope], ...] = (
@@ -62,21 +63,30 @@ class AuthMiddleware:
                 caller = await self._runtime.call(keys.check, authorization)
             except PromptStoreError as error:
                 raise to_client_error(error) from error
-        if keys.is_keyless and _is_cross_origin(headers):
-            # Without keys, a page from elsewhere in a browser on this machine must not act for its user: not by its own
-            # name, and not by a name of its own that it has made point at this machine (DNS rebinding).
-            raise PermissionDeniedError("Requests from pages of another origin need an API key.", code="cross_origin")
+        if keys.is_keyless:
+            _refuse_foreign_pages(headers)
         needed = required_scope(scope["method"], scope["path"])
         if needed is not None and not caller.can(needed):
             raise PermissionDeniedError(f"The API key lacks the scope {needed!r}.")
         return caller
 
 
-def _is_cross_origin(headers: Headers) -> bool:
-    origin, host = headers.get("origin"), headers.get("host", "")
-    if origin is None:
-        return False
-    return urlsplit(origin).netloc != host or urlsplit(f"//{host}").hostname not in LOOPBACK_NAMES
+def _refuse_foreign_pages(headers: Headers) -> None:
+    """Without keys, a page from elsewhere in a browser on this machine must not act for its user.
+
+    Not by its own name, which the browser gives as the origin; and not by a name of its own that it has made point at
+    this machine (DNS rebinding): then the browser takes the server for the page's own and may give no origin, but the
+    name is in `Host`. A server without keys listens on loopback alone, so a name of this machine is always right.
+    """
+    host = headers.get("host", "")
+    found = _HOST.fullmatch(host)
+    if found is None or not is_loopback((found["ipv6"] or found["name"] or "").lower()):
+        raise PermissionDeniedError(
+            "Without API keys the server answers only as localhost or a loopback address.", code="cross_origin"
+        )
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != host:
+        raise PermissionDeniedError("Requests from pages of another origin need an API key.", code="cross_origin")
 
 
 def caller_of(request: Request) -> Caller:

@@ -120,7 +120,8 @@ class CompletionRequest(BaseModel):
     ignore_eos: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    # Logits are divided by it, or multiplied: near zero, all that was there already is infinitely likely.
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Default 1: off.")
     logit_bias: LogitBiasField = Field(
         None, description=f"Token id → bias, at most {MAX_LOGIT_BIAS}; clamped to ±100. Ids are keys, as text."
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,6 +61,9 @@ class ObserveMiddleware:
             context.error_code = error.code
             if status is None:
                 await error_response(error)(scope, receive, send_with_id)
+        except ClientDisconnect:
+            # Gone in the middle of its own body; there is nobody to answer.
+            self._metrics.client_disconnects_total.inc()
         except Exception:
             _log.exception("unexpected_error", request_id=context.request_id, endpoint=self._endpoint(scope))
             internal = PromptmuxError("An internal error occurred.")
@@ -126,12 +130,14 @@ class BodyLimitMiddleware:
         too_large = PayloadTooLargeError(f"The body is larger than {limit} bytes.")
         num_bytes = 0
         has_overrun = False
-        is_answered = False
+        # Some of the body was read, and there is more.
+        is_partly_read = False
 
         async def receive_counted() -> Message:
-            nonlocal num_bytes, has_overrun
+            nonlocal num_bytes, has_overrun, is_partly_read
             message = await receive()
             if message["type"] == "http.request":
+                is_partly_read = message.get("more_body", False)
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > limit:
                     has_overrun = True
@@ -139,8 +145,7 @@ class BodyLimitMiddleware:
             return message
 
         async def send_watched(message: Message) -> None:
-            nonlocal is_answered
-            if has_overrun and message["type"] == "http.response.start":
+            if (has_overrun or is_partly_read) and message["type"] == "http.response.start":
                 # What is still on its way would be taken for the next request.
                 MutableHeaders(scope=message)["connection"] = "close"
             if has_overrun and message["type"] == "http.response.body" and not message.get("more_body"):

@@ -23,7 +23,7 @@ from server.api.task_schemas import (
     VersionObject,
     VersionPage,
 )
-from server.api.upload_form import OPENAPI_BODY, read_upload
+from server.api.upload_form import OPENAPI_BODY, receive_form, to_upload
 from server.errors import InvalidRequestError, PromptmuxError
 
 VersionNumber = Annotated[int, Path(ge=1, le=MAX_VERSION)]
@@ -55,12 +55,13 @@ async def upload_version(
 ) -> Response:
     """A file and its configuration as PEFT's `save_pretrained` writes them, checked strictly against the backbone.
 
-    It is on disk when the answer comes. On any error nothing is stored.
+    It is on disk when the answer comes. On any error nothing is stored. A body that takes too long to arrive is
+    refused with the code `upload_timeout`.
     """
     uploads = runtime.metrics.prompt_uploads_total
     try:
-        async with runtime.uploading():
-            upload = await read_upload(request, task)
+        async with receive_form(request, runtime.settings.upload_timeout_s) as form, runtime.uploading():
+            upload = await to_upload(form, task)
             view, is_new = await runtime.call(runtime.parts.tasks.upload, caller, upload)
     except PromptmuxError as error:
         uploads.labels(result=error.code).inc()
@@ -114,7 +115,11 @@ async def update_task(task: str, body: TaskUpdate, runtime: ReadyRuntime, caller
 
 @router.delete("/v1/tasks/{task}", summary="Delete a task", responses=documented_errors(errors.TaskNotFoundError))
 async def delete_task(task: str, runtime: ReadyRuntime, caller: CurrentCaller) -> Deleted:
-    """All its versions with it. Rows in flight finish; the name cannot be used again."""
+    """All its versions with it; the name cannot be used again.
+
+    Rows in flight finish if their prompt has been read: they hold its prefix, or wait for one that is being made. Those
+    whose prompt was still to be read get 404.
+    """
     await runtime.call(runtime.parts.tasks.delete_task, caller, task)
     return Deleted(object="task", task=task)
 
@@ -155,7 +160,11 @@ async def get_version(task: str, version: VersionNumber, runtime: ReadyRuntime, 
     responses=documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError, errors.ConflictError),
 )
 async def delete_version(task: str, version: VersionNumber, runtime: ReadyRuntime, caller: CurrentCaller) -> Deleted:
-    """409 for the active one. Rows in flight finish."""
+    """409 for the active one.
+
+    Rows in flight finish if their prompt has been read: they hold its prefix, or wait for one that is being made. Those
+    whose prompt was still to be read get 404.
+    """
     await runtime.call(runtime.parts.tasks.delete_version, caller, task, version)
     return Deleted(object="prompt_version", task=task, version=version)
 

@@ -1,9 +1,13 @@
 """The multipart form of an upload, read part by part and checked field by field.
 
 Starlette's parser keeps large parts in unnamed temporary files, which are gone when the form is closed; the middleware
-counts the bytes. Nothing reaches the store before the whole form is sound.
+counts the bytes, and the form must be whole within a time limit. Only then are its large parts brought into memory, by
+`to_upload`. Nothing reaches the store before the whole form is sound.
 """
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request
@@ -66,18 +70,31 @@ OPENAPI_BODY = {
 }
 
 
-async def read_upload(request: Request, task: str) -> PromptUpload:
-    """Raises InvalidRequestError naming the field, or PayloadTooLargeError."""
+@asynccontextmanager
+async def receive_form(request: Request, timeout_s: float) -> AsyncIterator[FormData]:
+    """The form once all of it is here; its temporary files are gone after the block.
+
+    Raises InvalidRequestError when it cannot be read or is not here within `timeout_s`, and PayloadTooLargeError.
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         raise InvalidRequestError("Content-Type must be multipart/form-data.", code="unsupported_content_type")
     try:
-        async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=MAX_FIELD_BYTES) as form:
-            return await _to_upload(form, task)
+        async with asyncio.timeout(timeout_s):
+            form = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=MAX_FIELD_BYTES)
+    except TimeoutError:
+        raise InvalidRequestError(
+            f"The body did not arrive within {timeout_s:g} seconds.", code="upload_timeout"
+        ) from None
     except HTTPException as error:
         raise InvalidRequestError(f"The form cannot be read: {error.detail}") from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
-async def _to_upload(form: FormData, task: str) -> PromptUpload:
+async def to_upload(form: FormData, task: str) -> PromptUpload:
+    """The form's fields, its files' bytes in memory. Raises InvalidRequestError naming the field."""
     names = [name for name, _ in form.multi_items()]
     for name in names:
         if name not in FILE_FIELDS + TEXT_FIELDS:

@@ -1,7 +1,8 @@
 """The process that serves the app: uvicorn, with a drain before its end and a word to the person at the terminal.
 
 Owns signals, the order of the end (refuse new requests, let the running ones finish, end the rest with an error event,
-close), and the exit code. Refuses to know what a request is: it counts uvicorn's open requests.
+close), the end of a process whose engine has failed, and the exit code. Refuses to know what a request is: it counts
+uvicorn's open requests.
 """
 
 import asyncio
@@ -49,11 +50,17 @@ class DrainingServer(uvicorn.Server):
         self._is_signalled = False
         self._signalled = asyncio.Event()
         self._exit_code = ExitCode.OK
+        self._has_engine_failed = False
 
     def serve_on(self, listener: socket.socket) -> int:
-        """Serves until a signal ends it; returns the exit code."""
+        """Serves until a signal or a failure ends it; returns the exit code, but for an engine that has failed."""
         self.run(sockets=[listener])
         _log.info("stopped")
+        if self._has_engine_failed:
+            # A thread that hangs on the device could hold up the interpreter's own end for ever.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self._exit_code)
         return self._exit_code
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -75,6 +82,7 @@ class DrainingServer(uvicorn.Server):
         self._watchers = [
             asyncio.create_task(self._drain_when_signalled()),
             asyncio.create_task(self._watch_loading(port)),
+            asyncio.create_task(self._end_when_engine_failed()),
         ]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -105,6 +113,15 @@ class DrainingServer(uvicorn.Server):
             name = self._runtime.parts.backbone.name
             for line in next_steps(self._settings, name, port, has_keys=await self._has_keys()):
                 say(line)
+
+    async def _end_when_engine_failed(self) -> None:
+        """Ends the process as a signal would, so that whoever supervises it starts another; probes see it first."""
+        await self._runtime.wait_until_engine_failed()
+        self._has_engine_failed = True
+        self._exit_code = ExitCode.FAILED
+        say(f"error: the engine has failed: {self._runtime.failure}")
+        await asyncio.sleep(self._settings.failure_grace_s)
+        self._signalled.set()
 
     async def _has_keys(self) -> bool:
         try:

@@ -4,7 +4,6 @@ Owns the socket, the rule that nothing but loopback is bound without keys, and t
 together. Refuses to know how the app is built (`server.app`) and how it ends (`server.cli.draining`).
 """
 
-import ipaddress
 import os
 import socket
 import sys
@@ -15,6 +14,7 @@ import typer
 
 from server.cli.output import ExitCode, fail, to_stderr
 from server.cli.setting_flags import ConfigFile, resolve_or_fail, with_setting_flags
+from server.loopback import is_loopback
 from server.settings import Settings
 
 
@@ -36,22 +36,13 @@ def serve(
     A setting is a flag, a variable (PROMPTMUX_MAX_ROWS) or a key of the file (max_rows); the first given wins.
 
     SIGTERM or Ctrl-C: new requests get 503, running ones finish, then it exits. A second signal exits at once.
+    An engine that fails ends the process with code 1.
     """
     settings = resolve_or_fail({"model": model, **flags}, config).settings
     if not is_loopback(settings.host):
         _require_keys(settings)
     listener = bind(settings.host, settings.port)
     raise typer.Exit(_serve(settings, listener))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`. A name other than localhost counts as reachable from elsewhere."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bind(host: str, port: int) -> socket.socket:

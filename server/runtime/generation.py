@@ -93,11 +93,19 @@ def tokenize(spec: GenerationSpec, codec: TokenCodec) -> tuple[tuple[int, ...], 
             continue
         if prompt not in encoded:
             encoded[prompt] = codec.encode(prompt, add_special_tokens=spec.add_special_tokens)
-        if not encoded[prompt]:
-            param = "prompt" if len(spec.prompts) == 1 else f"prompt.{index}"
-            raise InvalidRequestError("The prompt has no tokens.", param=param)
+            _check_encoded(encoded[prompt], codec.vocab_size, "prompt" if len(spec.prompts) == 1 else f"prompt.{index}")
         token_ids.append(encoded[prompt])
     return tuple(token_ids)
+
+
+def _check_encoded(token_ids: tuple[int, ...], vocab_size: int, param: str) -> None:
+    if not token_ids:
+        raise InvalidRequestError("The prompt has no tokens.", param=param)
+    # A tokenizer may know added tokens for which the backbone has no embedding.
+    if (largest := max(token_ids)) >= vocab_size:
+        raise InvalidRequestError(
+            f"The prompt has the token {largest}; the backbone has embeddings for 0 to {vocab_size - 1}.", param=param
+        )
 
 
 def make_generation(

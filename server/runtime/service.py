@@ -81,6 +81,7 @@ class Runtime:
         self._running: dict[str, RunningGeneration] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._settled = asyncio.Event()
+        self._engine_failed = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
         self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="promptmux-store")
         self._tokenizer_threads = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="promptmux-tokenizer")
@@ -160,6 +161,10 @@ class Runtime:
         """Waits until loading has ended, well or not."""
         await self._settled.wait()
 
+    async def wait_until_engine_failed(self) -> None:
+        """Waits until the engine of a loaded server has failed and every running request was told; perhaps for ever."""
+        await self._engine_failed.wait()
+
     def start_drain(self) -> None:
         """From now on new requests are refused; running ones go on. Returns at once; may be called twice."""
         if self._state in ("loading", "ready"):
@@ -192,7 +197,7 @@ class Runtime:
         return await asyncio.get_running_loop().run_in_executor(self._store_threads, partial(function, *args, **kwargs))
 
     def uploading(self) -> asyncio.Semaphore:
-        """Held around an upload, since its bytes are in memory meanwhile."""
+        """Held while an upload's bytes are in memory; not while they arrive, which the client may draw out."""
         return self._uploads
 
     async def prepare(self, caller: Caller, spec: GenerationSpec) -> Generation:
@@ -324,12 +329,26 @@ class Runtime:
 
     async def _watch_engine(self) -> None:
         """Ends all requests with an error when the engine dies or hangs: it may be past telling them itself."""
-        while (reason := self._find_failure()) is None:  # noqa: ASYNC110 - a dead thread sets no event
+        has_looked = True
+        while True:
+            try:
+                reason = self._find_failure()
+                has_looked = True
+            except Exception:
+                # Nobody else watches the engine: the watcher goes on, and says so once.
+                if has_looked:
+                    _log.exception("engine_not_watched")
+                reason, has_looked = None, False
+            if reason is not None:
+                break
             await asyncio.sleep(WATCH_INTERVAL_S)
         _log.error("engine_failed", reason=reason)
         self._failure = reason
         self._state = "failed"
-        self._fail_running(EngineFailedError("The engine has failed; the server must be restarted."))
+        try:
+            self._fail_running(EngineFailedError("The engine has failed; the server must be restarted."))
+        finally:
+            self._engine_failed.set()
 
     def _find_failure(self) -> str | None:
         status = self.parts.engine.status()

@@ -6,6 +6,7 @@ to know HTTP. Every method may block on the disk: call them in a thread. All rai
 """
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,7 @@ class TaskService:
         self._stats = stats
         self._metrics = metrics
         self._backbone_name = backbone_name
+        self._refreshing = threading.Lock()
 
     def resolve_all(self, tenant: str, references: Sequence[str]) -> dict[str, PromptRef | None]:
         """What each distinct reference stands for now; None for the bare backbone."""
@@ -206,7 +208,8 @@ class TaskService:
 
     def refresh(self) -> None:
         """Tells the engine what is pinned, and the metrics how many prompts there are."""
-        with client_errors():
+        # Read and told as one: of two threads, the one that read first could otherwise have the last word.
+        with client_errors(), self._refreshing:
             self._engine.pin([to_ref(version) for version in self._store.pinned_versions()])
             self._metrics.prompts_registered.set(self._store.counts().num_versions)
 

@@ -230,7 +230,7 @@ def test_first_key_closes_a_running_server(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("origin", "status"), [(None, 200), ("SELF", 200), ("https://evil.example", 403), ("null", 403)]
+    ("origin", "status"), [(None, 200), ("SELF", 200), ("https://evil.example", 403), ("null", 403), ("http://[", 403)]
 )
 def test_pages_of_other_origins_are_refused_without_keys(server: LiveServer, origin: str | None, status: int) -> None:
     headers = {"origin": origin.replace("SELF", server.url)} if origin else {}
@@ -243,6 +243,48 @@ def test_a_foreign_name_that_points_at_this_machine_is_a_foreign_origin(server: 
     headers = {"host": f"evil.example:{port}", "origin": f"http://evil.example:{port}"}
 
     assert server.post({"model": "capital", "prompt": "x"}, headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/tasks/capital/versions/1/file", "/openapi.json", "/docs"])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:PORT", 200),
+        ("LocalHost", 200),
+        ("127.0.0.1:PORT", 200),
+        ("127.8.9.1", 200),
+        ("[::1]:PORT", 200),
+        ("evil.example:PORT", 403),
+        ("localhost.evil.example", 403),
+        ("192.168.1.5", 403),
+        ("", 403),
+        ("[::1", 403),
+        ("evil.example@localhost", 403),
+    ],
+)
+def test_without_keys_only_names_of_this_machine_are_answered(
+    server: LiveServer, path: str, host: str, status: int
+) -> None:
+    """A page that has made its own name point here sends no Origin when it reads from what it calls itself."""
+    with server.client() as client:
+        answer = client.get(path, headers={"host": host.replace("PORT", str(server.port))})
+
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "cross_origin"
+
+
+@pytest.mark.parametrize("path", sorted(OPEN_PATHS))
+def test_probes_are_answered_under_any_name(server: LiveServer, path: str) -> None:
+    with server.client() as client:
+        assert client.get(path, headers={"host": "promptmux.monitoring.svc:8000"}).status_code == 200
+
+
+def test_with_keys_any_name_is_answered(keyed: tuple[LiveServer, Keys]) -> None:
+    live, keys = keyed
+    headers = {"host": "promptmux.example", "authorization": f"Bearer {keys.infer}"}
+    with live.client() as client:
+        assert client.get("/v1/models", headers=headers).status_code == 200
 
 
 def test_upload_by_a_key_names_it(keyed: tuple[LiveServer, Keys]) -> None:

@@ -39,6 +39,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None]] = [
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"frequency_penalty": -2.5}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-39}, "repetition_penalty"),
+    ({"repetition_penalty": 10.1}, "repetition_penalty"),
     ({"seed": 2**63}, "seed"),
     ({"seed": 1.5}, "seed"),
     ({"logprobs": 21}, "logprobs"),

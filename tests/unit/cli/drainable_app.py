@@ -34,6 +34,9 @@ class TinyRuntime:
     async def wait_until_settled(self) -> None:
         await asyncio.sleep(0)
 
+    async def wait_until_engine_failed(self) -> None:
+        await asyncio.Event().wait()
+
     async def call(self, function: Any, *arguments: Any) -> Any:
         return function(*arguments)
 

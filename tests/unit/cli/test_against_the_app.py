@@ -154,3 +154,21 @@ def test_a_completion_that_outlasts_the_drain_ends_with_the_error_event(
     assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "draining"
     assert rest[-1] == "data: [DONE]"
     assert process.wait(END_TIMEOUT_S) == 0
+
+
+def test_an_engine_that_fails_ends_its_streams_and_then_the_process(
+    start_process: StartProcess, tmp_path: Path
+) -> None:
+    process, url = start_process("tests.unit.cli.echo_app", str(tmp_path), "30")
+    body = stream_body(3000) | {"model": backbone_name(url)}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=END_TIMEOUT_S) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        next(lines)
+        process.send_signal(signal.SIGUSR1)
+        rest = list(lines)
+    alive = httpx.get(f"{url}/livez")
+
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "engine_failed"
+    assert rest[-1] == "data: [DONE]"
+    assert (alive.status_code, alive.json()["error"]["code"]) == (503, "engine_failed")
+    assert process.wait(END_TIMEOUT_S) == ExitCode.FAILED

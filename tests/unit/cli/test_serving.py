@@ -10,7 +10,8 @@ import typer
 
 from prompt_store.store import PromptStore
 from server.cli.output import ExitCode
-from server.cli.serve import bind, is_loopback
+from server.cli.serve import bind
+from server.loopback import is_loopback
 from tests.unit.cli.processes import END_TIMEOUT_S, StartProcess, run_command, start, wait_until_draining
 
 APP = "tests.unit.cli.drainable_app"

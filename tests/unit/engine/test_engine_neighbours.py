@@ -1,5 +1,6 @@
 """Rows that go wrong and the rows beside them: what breaks one leaves the others as they are, to the last bit."""
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.request import RowOutput, RowRequest
-from server.errors import EngineFailedError, NumericalError, PromptCorruptError, PromptMismatchError
+from server.errors import EngineFailedError, NumericalError, PromptCorruptError, PromptMismatchError, TaskNotFoundError
 from server.metrics import Metrics
 from tests.unit.engine.prompts import make_prompt, make_ref
 from tests.unit.engine.stepped import SteppedEngine, make_request
@@ -73,6 +74,20 @@ def test_prompt_that_failed_to_load_is_tried_again_for_the_next_row(llama: Backb
     stepped.prompts[ref.prefix_key] = make_prompt(llama, ref, seed=1)
 
     assert stepped.run(make_request("second", prompt=ref)).finish_reason == "length"
+
+
+def test_failed_load_of_one_version_ends_no_row_of_another_that_shares_its_file(llama: Backbone) -> None:
+    """Both are filed under one key; the first to ask was deleted meanwhile."""
+    deleted = make_ref("a")
+    kept = dataclasses.replace(deleted, task="task-b", version=7)
+    stepped = SteppedEngine(llama, {deleted.prefix_key: TaskNotFoundError("it was deleted")})
+    stepped.submit(make_request("of-deleted", prompt=deleted), make_request("of-kept", prompt=kept))
+    stepped.turns_until(lambda: bool(stepped.outputs["of-deleted"]))
+    stepped.prompts[deleted.prefix_key] = make_prompt(llama, deleted, seed=1)
+    stepped.finish()
+
+    assert isinstance(stepped.result("of-deleted").error, TaskNotFoundError)
+    assert stepped.result("of-kept").finish_reason == "length"
 
 
 def test_pinned_prompt_that_fits_no_slot_disturbs_nobody(llama: Backbone) -> None:

@@ -71,6 +71,20 @@ def test_text_without_tokens_is_refused() -> None:
     assert refused.value.param == "prompt.0"
 
 
+@pytest.mark.parametrize(("prompts", "param"), [(("b",), "prompt"), (("a", "b"), "prompt.1")])
+def test_text_whose_tokens_the_backbone_does_not_have_is_refused(prompts: tuple[str, ...], param: str) -> None:
+    class Larger(ByteTokenizer):
+        """Knows a token more than the backbone, as tokenizers with added tokens do."""
+
+        def __call__(self, text: str, **arguments: bool):  # type: ignore[no-untyped-def]
+            return {"input_ids": [VOCAB_SIZE - 1, VOCAB_SIZE if text == "b" else 0]}
+
+    spec = GenerationSpec(prompts=prompts, references=("t",) * len(prompts), n=1, sampling=SamplingParams())
+    with pytest.raises(InvalidRequestError) as refused:
+        tokenize(spec, TokenCodec(Larger(), VOCAB_SIZE))
+    assert refused.value.param == param
+
+
 def test_rows_are_numbered_by_item_and_sample_and_hold_their_prompt() -> None:
     ref = make_ref()
     spec = GenerationSpec(

@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.engine.request import SamplingParams
+from server.engine.request import PromptRef, SamplingParams
 from server.errors import InvalidRequestError, LoadingError, TaskNotFoundError
 from server.metrics import Metrics
 from server.runtime.generation import GenerationSpec
@@ -16,7 +17,7 @@ from server.runtime.service import Runtime
 from server.runtime.tasks import PromptUpload
 from server.settings import Settings
 from server.tenancy.keys import LOCAL_CALLER
-from tests.fakes import EchoServerParts, make_prompt_config, make_prompt_file
+from tests.fakes import EchoServerParts, EchoStatus, make_prompt_config, make_prompt_file
 
 
 def run(data_dir: Path, body: Callable[[Runtime, EchoServerParts], Awaitable[None]], **settings: Any) -> None:
@@ -99,6 +100,65 @@ def test_request_over_its_budget_is_refused(tmp_path: Path, spec: GenerationSpec
         await runtime.prepare(LOCAL_CALLER, make_spec(10, max_tokens=10))
 
     run(tmp_path, body, max_request_tokens=100, max_waiting_rows=10)
+
+
+def test_watcher_of_the_engine_outlives_an_error_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.runtime.service.WATCH_INTERVAL_S", 0.001)
+
+    async def body(runtime: Runtime, parts: EchoServerParts) -> None:
+        assert parts.engine is not None
+        loop, has_failed = asyncio.get_running_loop(), asyncio.Event()
+        calls = 0
+
+        def failing() -> EchoStatus:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                loop.call_soon(has_failed.set)
+            raise RuntimeError("no status")
+
+        sound_status = parts.engine.status
+        parts.engine.status = failing  # type: ignore[method-assign]
+        await asyncio.wait_for(has_failed.wait(), 5)
+        parts.engine.status = sound_status  # type: ignore[method-assign]
+        assert runtime.state == "ready"
+
+        parts.engine.crash("boom")
+        await asyncio.wait_for(runtime.wait_until_engine_failed(), 5)
+        assert (runtime.state, runtime.failure) == ("failed", "boom")
+
+    run(tmp_path, body)
+
+
+def test_pins_reach_the_engine_in_the_order_in_which_they_were_read(tmp_path: Path) -> None:
+    async def body(runtime: Runtime, parts: EchoServerParts) -> None:
+        assert parts.engine is not None
+        tasks, engine = runtime.parts.tasks, parts.engine
+        for task, value in (("a", 0.1), ("b", 0.2)):
+            upload = PromptUpload(task=task, file=make_prompt_file(value), config=make_prompt_config())
+            await runtime.call(tasks.upload, LOCAL_CALLER, upload)
+        is_pinning, has_other_come = threading.Event(), threading.Event()
+        post = engine.pin
+
+        def pin(refs: Sequence[PromptRef]) -> None:
+            if not is_pinning.is_set():
+                # The first one is held up between its reading and its posting for as long as the other may need.
+                is_pinning.set()
+                has_other_come.wait(0.5)
+                post(refs)
+            else:
+                post(refs)
+                has_other_come.set()
+
+        engine.pin = pin  # type: ignore[method-assign]
+        change = partial(tasks.update_task, LOCAL_CALLER, active_version=None, expected_version=None, pinned=True)
+        first = asyncio.ensure_future(runtime.call(change, task="a"))
+        assert await asyncio.to_thread(is_pinning.wait, 5)
+        await asyncio.gather(first, runtime.call(change, task="b"))
+
+        assert {ref.task for ref in engine.pinned} == {"a", "b"}
+
+    run(tmp_path, body)
 
 
 def test_row_holds_the_version_that_was_active_when_it_was_prepared(tmp_path: Path) -> None:
