@@ -118,7 +118,7 @@ def _result(
     return {
         "benchmark": "throughput",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python -m benchmarks.bench_throughput " + " ".join(sys.argv[1:]),
+        "command": ("python -m benchmarks.bench_throughput " + " ".join(sys.argv[1:])).strip(),
         "seed": args.seed,
         "dtype": args.dtype,
         "machine": describe_machine(),
