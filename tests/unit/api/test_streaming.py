@@ -206,6 +206,8 @@ def test_finished_request_is_no_disconnect(server: LiveServer) -> None:
 def test_reader_that_stops_is_cancelled_and_holds_little_memory(data_dir: Path) -> None:
     parts = EchoServerParts(max_model_len=200_000)
     with running_server(data_dir, parts=parts, slow_reader_timeout_s=0.3) as live:
+        # Half a minute of steps: the rows must not end by themselves before the sockets are full.
+        live.engine.step_s = 0.002
         connection = socket.create_connection(("127.0.0.1", live.port), TIMEOUT_S)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         send_request(connection, ENDLESS | {"n": 8, "stream": True, "max_tokens": 16_000, "logprobs": 20})
