@@ -15,7 +15,7 @@ from tests.integration.isolation.driver import Case, RowResult
 from tests.integration.isolation.world import World
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3", "opt", "gptj", "falcon")
-"""Not mixtral and gpt_oss: which expert a token goes to decides the shape, and so the last bits, of others' products."""
+"""Not mixtral and gpt_oss: which expert a token goes to decides the shape, and so the last bits, of other products."""
 
 
 def overflowing(prompt: MadePrompt) -> MadePrompt:
