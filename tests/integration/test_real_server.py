@@ -45,12 +45,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     else:
         pytest.fail(f"the server ended before it was ready:\n{printed}")
     # A pipe that nobody reads fills up and stops the writer.
-    threading.Thread(target=process.stderr.read, daemon=True).start()
+    reader = threading.Thread(target=process.stderr.read, daemon=True)
+    reader.start()
     found = re.search(r"at (http://\S+)", printed)
     assert found is not None
     yield RealServer(found[1], printed, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
+    reader.join()
+    process.stderr.close()
 
 
 def cards() -> dict[str, dict[str, object]]:

@@ -98,17 +98,17 @@ class Schedule(RuleBasedStateMachine):
         spare=st.integers(0, 20),
         chunk=st.integers(1, 12),
         num_slots=st.integers(1, 6),
-        lookahead=st.integers(1, 8),
+        max_cold=st.integers(1, 8),
     )
-    def start(self, max_rows: int, spare: int, chunk: int, num_slots: int, lookahead: int) -> None:
-        self.max_rows, self.budget, self.chunk, self.lookahead = max_rows, max_rows + spare, chunk, lookahead
+    def start(self, max_rows: int, spare: int, chunk: int, num_slots: int, max_cold: int) -> None:
+        self.max_rows, self.budget, self.chunk, self.max_cold = max_rows, max_rows + spare, chunk, max_cold
         self.admitter = Admitter(num_slots)
         self.scheduler = make_scheduler(
             self.admitter,
             max_rows=max_rows,
             max_step_tokens=self.budget,
             prefill_chunk=chunk,
-            max_cold_prompts=lookahead,
+            max_cold_prompts=max_cold,
         )
         self.rows: dict[int, Row] = {}
         self.next_serial = 1
@@ -153,13 +153,15 @@ class Schedule(RuleBasedStateMachine):
         # Admissions are asked for in order, and only the last answer may have been that there is no room.
         asked = self.admitter.asked
         assert asked == [row.serial for row in order[: len(asked)]]
-        assert len(asked) <= self.lookahead
+        assert sum(serial in self.admitter.not_ready for serial in asked) <= self.max_cold
         admitted = self.scheduler.running[len(running) :]
         assert all(row.serial in tokens_of for row in admitted)
         refused = [s for s in asked if s not in {row.serial for row in admitted}]
         assert all(s in self.admitter.not_ready for s in refused if s != asked[-1])
         if not admitted and not running and order:
-            ready = [row for row in order[: self.lookahead] if row.serial not in self.admitter.not_ready]
+            cold = [index for index, row in enumerate(order) if row.serial in self.admitter.not_ready]
+            reached = order[: cold[self.max_cold - 1]] if len(cold) >= self.max_cold else order
+            ready = [row for row in reached if row.serial not in self.admitter.not_ready]
             assert not ready, "nothing runs although a row could"
         take(scheduled)
 
@@ -284,7 +286,7 @@ def test_row_whose_prefix_is_not_ready_delays_only_itself_and_keeps_its_place() 
     assert serials(scheduler.schedule())[-1] == 1
 
 
-def test_rows_beyond_the_lookahead_are_not_tried() -> None:
+def test_rows_behind_as_many_cold_prompts_as_may_be_brought_are_not_tried() -> None:
     admitter = Admitter()
     admitter.not_ready = {1, 2}
     scheduler = make_scheduler(admitter, max_cold_prompts=2)
