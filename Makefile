@@ -2,7 +2,7 @@
 #
 #   make serve PORT=8123 DATA=/some/folder MODEL=/models/my-llm ARGS="--dtype float32"
 #
-# Needs Python 3.11 or newer, pip, make and a C compiler; everything else goes into .venv.
+# Needs Python 3.11 or newer, pip, make and a C++ compiler; everything else goes into .venv.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -60,8 +60,8 @@ bench: $(SETUP_DONE) ## run the benchmarks (benchmarks/bench_*.py, one question 
 		$(BIN)/python -m "benchmarks.$$(basename $$question .py)" $(ARGS) || exit 1; \
 	done
 
-docs: $(SETUP_DONE) ## write the generated pages: docs/settings.md, docs/metrics.md
-	$(BIN)/python docs/generate.py
+docs: $(SETUP_DONE) ## write the generated pages: settings, metrics, architectures (measured: minutes); ARGS names one
+	$(BIN)/python docs/generate.py $(ARGS)
 
 demo: $(SETUP_DONE) ## train the demo prompts anew into demo/ (minutes a task)
 	$(BIN)/python -m tuning.demo train --backbone "$$($(BIN)/promptmux backbone)" --out demo $(ARGS)

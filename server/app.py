@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -18,6 +19,9 @@ from server.runtime.protocols import BackboneLike, EngineLike, LoadPrompt
 from server.runtime.service import Runtime
 from server.settings import Settings
 
+if TYPE_CHECKING:
+    from server.engine.config import EngineConfig
+
 ROUTERS = (completions.router, models.router, tasks.router, health.router)
 
 
@@ -32,7 +36,7 @@ def create_app(
     runtime = Runtime(
         settings,
         metrics,
-        load_backbone=load_backbone or _load_backbone,
+        load_backbone=load_backbone or load_configured_backbone,
         make_engine=make_engine or _make_engine,
     )
 
@@ -61,15 +65,16 @@ def create_app(
     return app
 
 
-def _load_backbone(settings: Settings) -> BackboneLike:
+def load_configured_backbone(settings: Settings) -> BackboneLike:
+    """The backbone that the settings name, on their device. Takes seconds; raises what loading and converting raise."""
     # Torch takes seconds to import: it is needed here and nowhere before.
     import torch
 
     from server.embedded import convert_gguf, ensure_embedded_backbone
     from server.engine.backbone import Backbone
+    from server.engine.threads import choose_threads
 
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+    torch.set_num_threads(settings.num_threads if settings.num_threads is not None else choose_threads())
     if settings.model is None:
         source, name = str(ensure_embedded_backbone(settings.cache_dir, progress=True)), None
     elif settings.model.endswith(".gguf") and Path(settings.model).is_file():
@@ -83,16 +88,15 @@ def _load_backbone(settings: Settings) -> BackboneLike:
         max_model_len=settings.max_model_len,
         cache_dir=settings.cache_dir,
         name=name,
+        quantization=settings.quantization,
     )
 
 
-def _make_engine(backbone: BackboneLike, settings: Settings, metrics: Metrics, load_prompt: LoadPrompt) -> EngineLike:
-    from server.engine.backbone import Backbone
+def make_engine_config(settings: Settings) -> "EngineConfig":
+    """The engine's own part of the settings."""
     from server.engine.config import EngineConfig
-    from server.engine.engine import Engine
 
-    assert isinstance(backbone, Backbone)
-    config = EngineConfig(
+    return EngineConfig(
         max_rows=settings.max_rows,
         max_step_tokens=settings.max_step_tokens,
         prefill_chunk=settings.prefill_chunk,
@@ -102,5 +106,15 @@ def _make_engine(backbone: BackboneLike, settings: Settings, metrics: Metrics, l
         host_prompt_bytes=settings.host_prompt_bytes,
         max_virtual_tokens=settings.max_virtual_tokens,
         audit_share=settings.audit_share,
+        keeps_texts=settings.text_cache == "on",
+        is_deterministic=settings.deterministic == "on",
+        compiles=settings.compile == "auto",
     )
-    return Engine(backbone, config, metrics, load_prompt)
+
+
+def _make_engine(backbone: BackboneLike, settings: Settings, metrics: Metrics, load_prompt: LoadPrompt) -> EngineLike:
+    from server.engine.backbone import Backbone
+    from server.engine.engine import Engine
+
+    assert isinstance(backbone, Backbone)
+    return Engine(backbone, make_engine_config(settings), metrics, load_prompt)

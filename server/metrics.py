@@ -57,6 +57,10 @@ class Metrics:
             "prompt_tokens_total",
             "Prompt tokens of the clients, counted when rows are submitted; virtual tokens are not.",
         )
+        self.prompt_tokens_cached_total = self._counter(
+            "prompt_tokens_cached_total",
+            "Prompt tokens of the clients that were not computed: their keys and values were kept from earlier rows.",
+        )
         self.generation_tokens_total = self._counter("generation_tokens_total", "Tokens generated.")
         self.num_preemptions_total = self._counter(
             "num_preemptions_total", "Rows that gave up their memory and are computed again later."

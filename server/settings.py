@@ -57,7 +57,7 @@ Folder = Annotated[Path, BeforeValidator(_expand_user)]
 
 # The order and the headings of `promptmux serve --help` and docs/settings.md; a test holds that nothing is missing.
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Model": ("model", "dtype", "device", "num_threads", "max_model_len"),
+    "Model": ("model", "dtype", "quantization", "device", "num_threads", "compile", "max_model_len"),
     "Network": (
         "host",
         "port",
@@ -68,8 +68,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "upload_timeout_s",
     ),
     "Folders": ("data_dir", "cache_dir", "demo_dir"),
-    "Batch": ("max_rows", "max_step_tokens", "prefill_chunk", "max_waiting_rows"),
-    "Memory": ("kv_cache_bytes", "prefix_cache_bytes", "host_prompt_bytes"),
+    "Batch": ("max_rows", "max_step_tokens", "prefill_chunk", "max_waiting_rows", "deterministic"),
+    "Memory": ("kv_cache_bytes", "prefix_cache_bytes", "host_prompt_bytes", "text_cache"),
     "Limits": ("max_virtual_tokens", "max_body_bytes", "max_upload_bytes", "max_request_tokens", "max_prompts"),
     "Isolation": ("audit_share",),
     "Logs": ("log_format", "log_level"),
@@ -95,6 +95,9 @@ class SettingsError(Exception):
         self.origin = origin
 
 
+OnOff = Literal["on", "off"]
+
+
 class Settings(BaseModel):
     """All settings. Sizes are in bytes (text such as "64MiB" is understood), times in seconds."""
 
@@ -109,6 +112,10 @@ class Settings(BaseModel):
         "auto",
         description="Number format of weights, keys and values. auto: bfloat16 where the device has it, else float32.",
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="int8: linear layers' weights in 8 bits, one scale an output channel. On the CPU alone.",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
@@ -118,7 +125,11 @@ class Settings(BaseModel):
         None,
         ge=1,
         le=1024,
-        description="CPU threads of the engine. None: one for each core that the process may use.",
+        description="CPU threads of the engine. None: one for each physical core that the process may use.",
+    )
+    compile: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: steps are compiled in the background and used where they are faster. On the CPU alone.",
     )
     max_model_len: int | None = Field(
         None,
@@ -203,6 +214,10 @@ class Settings(BaseModel):
         le=1_000_000,
         description="Sequences that may wait for a place in the batch; more are refused with 503.",
     )
+    deterministic: OnOff = Field(
+        "off",
+        description="on: a sequence's bits do not depend on what shares the batch. Costs speed and memory.",
+    )
     kv_cache_bytes: Bytes | None = Field(
         None,
         ge=4 * KIB,
@@ -217,6 +232,11 @@ class Settings(BaseModel):
         256 * MIB,
         ge=4 * KIB,
         description="Host memory for prompts as they were read from the store.",
+    )
+    text_cache: OnOff = Field(
+        "on",
+        description="on: keys and values of text are kept for later requests of the same tenant and prompt that begin "
+        "with it.",
     )
     max_virtual_tokens: int = Field(
         512,

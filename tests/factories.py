@@ -5,7 +5,7 @@ know what is tested with it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,20 @@ PREFIX_OVERRIDES: dict[str, dict[str, Any]] = {
 """What PEFT must be told of a family to make prefixes that fit it."""
 
 
-def save_tiny_backbone(family: str, folder: Path, *, seed: int = 0) -> Path:
+def save_tiny_backbone(
+    family: str, folder: Path, *, seed: int = 0, config_fields: Mapping[str, Any] | None = None
+) -> Path:
     """Save a random fp32 model of the family with a tokenizer; returns its folder.
 
-    Weights are drawn wide enough that logits are far from flat: tokens differ by whole nats.
+    `config_fields` replace the family's entry in `CONFIGS`. Weights are drawn wide enough that logits are far from
+    flat: tokens differ by whole nats. Biases and sinks are drawn too, so that leaving one out does not go unnoticed.
     """
-    config = AutoConfig.for_model(family, **CONFIGS[family], bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    fields = CONFIGS[family] if config_fields is None else config_fields
+    config = AutoConfig.for_model(family, **fields, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or name.endswith(("bias", "sinks", "scale")):
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -109,13 +113,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def peft_config(kind: str, k: int, **prefix_fields: Any) -> peft.PeftConfig:
-    """PEFT's configuration for one of `PROMPT_KINDS` with k virtual tokens; `prefix_fields` are for prefixes alone."""
+def peft_config(
+    kind: str, k: int, *, prompt_fields: Mapping[str, Any] | None = None, **prefix_fields: Any
+) -> peft.PeftConfig:
+    """PEFT's configuration for one of `PROMPT_KINDS` with k virtual tokens.
+
+    `prompt_fields` are for prompt tuning and P-tuning, `prefix_fields` for prefixes.
+    """
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": k}
     if kind == "prompt_tuning":
-        return peft.PromptTuningConfig(**common)
+        return peft.PromptTuningConfig(**common, **(prompt_fields or {}))
     if kind == "p_tuning":
-        return peft.PromptEncoderConfig(encoder_hidden_size=24, **common)
+        return peft.PromptEncoderConfig(encoder_hidden_size=24, **common, **(prompt_fields or {}))
     if kind == "cpt":
         return peft.CPTConfig(
             task_type="CAUSAL_LM",
@@ -160,6 +169,7 @@ def save_prompt(
     scale: float = 0.5,
     base: PreTrainedModel | None = None,
     first_text: Sequence[int] = (),
+    prompt_fields: Mapping[str, Any] | None = None,
     **prefix_fields: Any,
 ) -> Path:
     """Let PEFT build a prompt of the kind on the model, add noise of `scale` to all its numbers, and save it.
@@ -171,7 +181,7 @@ def save_prompt(
     if base is None:
         base = load_model(model_folder)
     torch.manual_seed(seed)
-    model = peft.get_peft_model(base, peft_config(kind, k, **prefix_fields))
+    model = peft.get_peft_model(base, peft_config(kind, k, prompt_fields=prompt_fields, **prefix_fields))
     with torch.no_grad():
         if first_text and kind in ("prefix", "cartridge"):
             _begin_as_text(model.prompt_encoder["default"], base, first_text[:k])

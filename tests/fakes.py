@@ -62,6 +62,9 @@ class ByteTokenizer:
 class EchoBackbone:
     name = "tiny/echo"
     fingerprint = "f" * 64
+    kernel: Literal["gather"] = "gather"
+    quantization: Literal["none"] = "none"
+    compiled_state = "off"
     path: Literal["packed", "dense"] = "packed"
     dtype_name = "float32"
     device_name = "cpu"

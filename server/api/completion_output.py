@@ -141,5 +141,5 @@ class CompletionWriter:
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "virtual_tokens": generation.num_virtual_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self._running.meter.cached_tokens},
         }

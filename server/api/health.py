@@ -18,7 +18,11 @@ class Health(BaseModel):
 
 
 class ServedBackbone(BaseModel):
-    """The model that is served and the way it is run: packed, or dense for models that attend by themselves."""
+    """The model that is served and the way it is run: packed, or dense for models that attend by themselves.
+
+    `kernel` computes the attention of packed backbones. `compiled` is off, compiling, trial (there is a package; each
+    size of step is served by what was faster), failed (the log says why) or stopped.
+    """
 
     name: str
     fingerprint: str
@@ -26,6 +30,9 @@ class ServedBackbone(BaseModel):
     dtype: str
     device: str
     max_model_len: int
+    kernel: Literal["native", "triton", "gather"]
+    quantization: Literal["none", "int8"]
+    compiled: str
 
 
 class Version(BaseModel):
@@ -64,6 +71,9 @@ async def version(runtime: AnyRuntime) -> Version:
             dtype=backbone.dtype_name,
             device=backbone.device_name,
             max_model_len=backbone.max_model_len,
+            kernel=backbone.kernel,
+            quantization=backbone.quantization,
+            compiled=backbone.compiled_state,
         ),
     )
 

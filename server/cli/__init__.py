@@ -14,6 +14,7 @@ import typer
 
 from server import __version__
 from server.cli import keys, tasks
+from server.cli.bench import bench
 from server.cli.output import EXIT_CODE_HELP, ExitCode, print_json, print_table
 from server.cli.serve import make_embedded_backbone, serve
 from server.cli.setting_flags import ConfigFile, resolve_or_fail, with_setting_flags
@@ -78,6 +79,7 @@ app.command()(tasks.show)
 app.command()(tasks.rollback)
 app.command()(tasks.rm)
 app.command()(tasks.pull)
+app.command()(bench)
 app.add_typer(keys.app, name="keys")
 
 

@@ -86,6 +86,21 @@ class TaskClient:
         """All tasks of the caller, page by page."""
         yield from self._pages("/v1/tasks", "task")
 
+    def models(self) -> list[dict[str, Any]]:
+        """What the caller may put into `model`: the backbone, whose `id` is its `root`, and its tasks."""
+        found = _as_object(self._send("GET", "/v1/models")).get("data")
+        if not isinstance(found, list) or not all(isinstance(item, dict) and "id" in item for item in found):
+            self._not_ours()
+        return found
+
+    def model(self, reference: str) -> dict[str, Any]:
+        """A task, `task@version` or `task@sha256:<hex>` that can be called."""
+        return _as_object(self._send("GET", f"/v1/models/{quote(reference)}"))
+
+    def server_version(self) -> dict[str, Any]:
+        """The server's version, and the backbone that it serves."""
+        return _as_object(self._send("GET", "/version"))
+
     def versions(self, task: str) -> Iterator[dict[str, Any]]:
         """All versions of a task, page by page."""
         yield from self._pages(f"/v1/tasks/{_segment(task)}/versions", "version")

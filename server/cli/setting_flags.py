@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +19,10 @@ ConfigFile = Annotated[
 ]
 
 
-def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
+def with_setting_flags(command: Callable[..., None], *, groups: Iterable[str] = tuple(GROUPS)) -> Callable[..., None]:
     """Adds the flags to a command that takes `**flags`; it gets their text, or None for a flag that was not given.
 
+    `groups` are the headings of `GROUPS` whose settings the command has a use for.
     `model` is left out: it is the command's own argument. Values stay text here and are checked with all other
     sources by `resolve_settings`, so that every source gives the same errors.
     """
@@ -30,8 +31,8 @@ def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
         for parameter in inspect.signature(command).parameters.values()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    for group, names in GROUPS.items():
-        for name in names:
+    for group in groups:
+        for name in GROUPS[group]:
             if name == "model":
                 continue
             field = Settings.model_fields[name]

@@ -1,7 +1,7 @@
 """The isolation audit: a sampled share of finished rows is run again, alone, by the model's own attention.
 
 The replay shares nothing with the way the row was served: the prompt is read from the store again, its vectors are
-prepended to the input embeddings (or its keys and values fill a transformers cache), there is no slot, no plan and no
+prepended to the input embeddings (or its keys and values fill a transformers cache), there is no page, no plan and no
 batch. The log-probabilities of the tokens that the row was given are compared with those recorded when it was served.
 A row that was answered with another prompt, or that read another row's keys, differs by whole nats; rounding in bf16
 by hundredths.
@@ -25,6 +25,7 @@ from server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 MAX_PENDING = 32
+STEPS_BETWEEN_RUNS = 32
 
 MAX_TOKENS = 1024
 """Longer rows, virtual tokens included, are not replayed: one pass over them would hold up everyone's next token."""
@@ -61,6 +62,7 @@ class Auditor:
         self._share = share
         self._metrics = metrics
         self._ready: deque[tuple[AuditJob, SoftPrompt | None]] = deque()
+        self._steps_since_run = 0
         self._awaiting: dict[str, list[AuditJob]] = {}
         self.last_result: AuditResult | None = None
 
@@ -99,6 +101,15 @@ class Auditor:
                 self._metrics.isolation_audits_total.labels(result="skipped").inc()
             else:
                 self._ready.append((job, prompt))
+
+    def run_sometimes(self, *, is_idle: bool) -> bool:
+        """Replay a row when nothing else is to be done, and now and then when there always is. Called once a step."""
+        self._steps_since_run += 1
+        if not self._ready or not (is_idle or self._steps_since_run >= STEPS_BETWEEN_RUNS):
+            return False
+        self._steps_since_run = 0
+        self.run_one()
+        return True
 
     def run_one(self) -> AuditResult | None:
         """Replay one row, if any is ready. Costs one forward pass of that row. Never raises: rows are being served."""

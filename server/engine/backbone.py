@@ -5,39 +5,57 @@ through the gate and keeps the first way of running it that passes: packed, else
 shipped with a model is never run (`auto_map` is refused), and pickled weights are never read.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prompt_store.manifest import BackboneShape, ServingDtype
 from server.engine.attention import ATTENTION_NAME, StepContext, attach_context
+from server.engine.checkpoint import (
+    DTYPES,
+    STOCK_ATTENTION,
+    BackboneError,
+    choose_device,
+    choose_dtype,
+    load_folder,
+    refuse_shipped_code,
+    resolve_folder,
+)
+from server.engine.compiled import CompiledForward
 from server.engine.fingerprint import fingerprint_folder
 from server.engine.forward import DenseForward, Forward, PackedForward, UnsupportedModelError, reference_logits
-from server.engine.gate import NUM_PASSES, GateResult, check_forward, gate_references, gate_rows
-from server.engine.kv import KeysValues, KvCache
+from server.engine.gate import (
+    NUM_PASSES,
+    GateResult,
+    check_deterministic,
+    check_forward,
+    gate_references,
+    gate_rows,
+)
+from server.engine.kernels.choose import choose_kernel
+from server.engine.kernels.native import NativeUnavailableError, load_native
+from server.engine.kv import KeysValues, KvPool, bytes_per_token
+from server.engine.linear import LinearError, LinearReport, prepare_linears
+from server.engine.model_limits import (
+    context_length,
+    embeddings_fault,
+    fix_temperature,
+    hidden_size,
+    num_windowed_layers,
+)
+from server.engine.packed_weights import Quantization
 from server.engine.plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
-DTYPES: dict[ServingDtype, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-_STOCK_ATTENTION = "eager"
-
-
-class BackboneError(RuntimeError):
-    """The model cannot be served; the message says what was tried and why it failed."""
+MIN_COMPILED_BYTES = 32 << 20
+"""Weights smaller than this make steps so short that compiling them is not worth a minute of a core."""
 
 
 class Backbone:
@@ -51,24 +69,32 @@ class Backbone:
         name: str,
         fingerprint: str,
         max_model_len: int | None = None,
+        quantization: Quantization = "none",
     ) -> None:
-        """Freeze `model` and put it through the gate. Raises BackboneError when it can be served in no way."""
+        """Freeze `model` and put it through the gate. Raises BackboneError when it can be served in no way.
+
+        `quantization` says what was done to its weights before (`prepare_linears`).
+        """
         model.train(False)
         self.model = model.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
+        self.quantization: Quantization = quantization
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self.hidden_size = _hidden_size(model)
+        self.hidden_size = hidden_size(model)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
-        self.max_model_len = _context_length(model, max_model_len)
+        self.max_model_len = context_length(model, max_model_len)
+        fix_temperature(model)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
-        self._context = StepContext()
+        self.kernel, kernel = choose_kernel(self.device)
+        self._context = StepContext(kernel)
         attach_context(model, self._context)
         self.path: Literal["packed", "dense"]
         self.path, self._forward, self.gate = self._choose_forward()
         self.layers = self._forward.layers
+        self._compiled: CompiledForward | None = None
 
     @classmethod
     def load(
@@ -80,32 +106,51 @@ class Backbone:
         max_model_len: int | None = None,
         cache_dir: Path | None = None,
         name: str | None = None,
+        quantization: Quantization = "none",
     ) -> "Backbone":
-        """Load from a folder or a hub id. Takes seconds; blocking.
+        """Load from a folder or a hub id. Takes seconds, and half a minute more where C++ must be compiled; blocking.
 
         `dtype` "auto" is bf16 where the device has the instructions, else fp32; `device` "auto" is CUDA where there is
-        one. Raises BackboneError.
+        one. `quantization` "int8" stores the weights of linear layers in 8 bits (CPU only). `cache_dir` keeps the
+        fingerprint and compiled steps. Raises BackboneError.
         """
-        chosen_device = _choose_device(device)
-        chosen_dtype = _choose_dtype(dtype, chosen_device)
-        folder = _resolve_folder(source)
-        _refuse_shipped_code(folder)
+        chosen_device = choose_device(device)
+        chosen_dtype = choose_dtype(dtype, chosen_device)
+        if chosen_device.type == "cpu" and cache_dir is not None:
+            # Where there is none, `choose_kernel` says so.
+            with suppress(NativeUnavailableError):
+                load_native(cache_dir / "native")
+        folder = resolve_folder(source)
+        refuse_shipped_code(folder)
         try:
-            model, tokenizer = _load_folder(folder, chosen_dtype)
+            model, tokenizer = load_folder(folder, chosen_dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BackboneError(f"{source} could not be loaded: {error}") from error
         torch.nn.Module.to(model, chosen_device)
-        return cls(
+        try:
+            linears = prepare_linears(model.train(False).requires_grad_(False), quantization=quantization)
+        except LinearError as error:
+            raise BackboneError(f"{source}: {error}") from error
+        backbone = cls(
             model,
             tokenizer,
             name=name or folder.name,
             fingerprint=fingerprint_folder(folder, cache_dir),
             max_model_len=max_model_len,
+            quantization=quantization,
         )
+        backbone._offer_compiled(folder, linears, cache_dir)
+        return backbone
 
     @property
     def dtype_name(self) -> ServingDtype:
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    @property
+    def compiled_state(self) -> str:
+        """ "off", or how far the compiled step is (`compiled.CompiledState`)."""
+        compiled = self._compiled
+        return compiled.state if compiled is not None and compiled.state != "idle" else "off"
 
     @property
     def device_name(self) -> str:
@@ -114,7 +159,7 @@ class Backbone:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token of one row takes, all layers together."""
-        return KvCache.bytes_per_token(self.layers, self.dtype)
+        return bytes_per_token(self.layers, self.dtype)
 
     def shape(self, max_virtual_tokens: int) -> BackboneShape:
         """What a prompt file must fit."""
@@ -133,9 +178,51 @@ class Backbone:
         )
 
     @torch.inference_mode()
-    def forward(self, kv: KvCache, plan: StepPlan) -> torch.Tensor:
+    def capture_decode(self, pool: KvPool, max_rows: int) -> None:
+        """Serve decode steps over this pool by CUDA graphs, if this packed backbone is on CUDA and can be captured."""
+        if self.device.type != "cuda" or not isinstance(self._forward, PackedForward):
+            return
+        try:
+            self._forward.capture(pool, max_rows=max_rows, max_columns=self.max_model_len)
+        except RuntimeError as error:
+            logger.warning("decode steps run without CUDA graphs: %s", error)
+
+    def start_compiling(self) -> None:
+        """Have steps compiled in the background, if this backbone can be; served eagerly until then. Any thread."""
+        if self._compiled is not None:
+            self._compiled.start()
+
+    def stop_compiling(self) -> None:
+        """End what `start_compiling` began. No step may be running."""
+        if self._compiled is not None:
+            self._compiled.stop()
+
+    def set_deterministic(self, max_rows: int | None) -> None:
+        """From now on a row's bits do not depend on what shares its step, if the scheduler does its part.
+
+        None ends that.
+
+        Steps of decoding rows are padded to `max_rows` tokens, so that every product has one shape. Raises
+        BackboneError when the model's bits are seen to depend on the batch even so: experts, for instance, group the
+        tokens of a batch themselves.
+        """
+        if isinstance(self._forward, PackedForward):
+            self._forward.decode_tokens = max_rows
+            # What serves a step is chosen by time, which is no function of the row.
+            self._forward.compiled = self._compiled if max_rows is None else None
+        elif max_rows is not None:
+            raise BackboneError(f"{self.name} runs on the dense path, which is not deterministic across batches")
+        if max_rows is not None and not check_deterministic(
+            self._forward, max_rows, self.vocab_size, self.dtype, self.device
+        ):
+            raise BackboneError(
+                f"{self.name}: a row's logits depend on what shares its batch; it cannot be deterministic"
+            )
+
+    @torch.inference_mode()
+    def forward(self, pool: KvPool, plan: StepPlan) -> torch.Tensor:
         """Run one step. Returns the logits `[L, vocab_size]` of `plan.logits_tokens`, in the serving dtype."""
-        return self._forward.run(kv, plan)
+        return self._forward.run(pool, plan)
 
     @torch.inference_mode()
     def reference(
@@ -150,12 +237,30 @@ class Backbone:
         with self._stock_attention():
             return reference_logits(self.model, token_ids, vectors=vectors, prefix=prefix, num_logits=num_logits)
 
+    def _offer_compiled(self, folder: Path, linears: LinearReport, cache_dir: Path | None) -> None:
+        """Make compiled steps possible where they are known to help: packed, on CPU, weights of some size."""
+        if (
+            isinstance(self._forward, PackedForward)
+            and self.kernel == "native"
+            and cache_dir is not None
+            and linears.num_bytes >= MIN_COMPILED_BYTES
+        ):
+            self._compiled = self._forward.compiled = CompiledForward(
+                self.model,
+                folder,
+                fingerprint=self.fingerprint,
+                dtype=self.dtype,
+                form=linears.form,
+                quantization=self.quantization,
+                cache_dir=cache_dir,
+            )
+
     @contextmanager
     def _stock_attention(self) -> Iterator[None]:
         if self.path == "dense":
             yield
             return
-        self.model.set_attn_implementation(_STOCK_ATTENTION)
+        self.model.set_attn_implementation(STOCK_ATTENTION)
         try:
             yield
         finally:
@@ -164,7 +269,13 @@ class Backbone:
     @torch.inference_mode()
     def _choose_forward(self) -> tuple[Literal["packed", "dense"], Forward, GateResult]:
         rows = gate_rows(self.vocab_size)
-        references = gate_references(self.model, rows)
+        try:
+            references = gate_references(self.model, rows)
+        except Exception as error:
+            raise BackboneError(f"{self.name} cannot be run: {type(error).__name__}: {error}") from error
+        fault = embeddings_fault(self.model, rows[0], references[0])
+        if fault is not None:
+            raise BackboneError(f"{self.name} ({self.model.config.model_type}) is refused: {fault}.")
         try:
             packed, result = self._try_packed(references, rows)
         except UnsupportedModelError as error:
@@ -173,7 +284,7 @@ class Backbone:
             packed_reason = f"{type(error).__name__}: {error}"
         else:
             return "packed", packed, result
-        self.model.set_attn_implementation(_STOCK_ATTENTION)
+        self.model.set_attn_implementation(STOCK_ATTENTION)
         logger.warning("backbone %s is not served packed: %s", self.name, packed_reason)
         try:
             dense = DenseForward(self.model)
@@ -201,7 +312,7 @@ class Backbone:
             raise UnsupportedModelError(f"a mask of its own cuts its attention into chunks of {chunk} tokens")
         self.model.set_attn_implementation(ATTENTION_NAME)
         packed = PackedForward(self.model, self._context)
-        declared = _num_windowed_layers(config, self.max_model_len)
+        declared = num_windowed_layers(config, self.max_model_len)
         if self._context.num_windowed < declared:
             raise UnsupportedModelError(
                 f"{declared} layers have a sliding window, {self._context.num_windowed} pass it to their attention"
@@ -216,51 +327,6 @@ class Backbone:
         return packed, result
 
 
-def _hidden_size(model: PreTrainedModel) -> int:
-    weight: Any = model.get_input_embeddings().weight
-    return int(weight.shape[1])
-
-
-def _context_length(model: PreTrainedModel, wanted: int | None) -> int:
-    config = model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    known = min((int(limit) for limit in limits if limit), default=2048)
-    unscaled = _unscaled_length(config, known)
-    if unscaled < known:
-        logger.warning(
-            "max_model_len is capped at %d: beyond it this model's rotary frequencies depend on the longest row of the "
-            "batch, so that a row's answer would depend on its neighbours",
-            unscaled,
-        )
-    return min(unscaled, wanted) if wanted is not None else unscaled
-
-
-def _unscaled_length(config: Any, known: int) -> int:
-    """The longest position at which rotary frequencies are still the same for every row of a batch.
-
-    transformers switches "dynamic" and "longrope" frequencies by the largest position in the whole packed batch.
-    """
-    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    length = known
-    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            original = kind.get("original_max_position_embeddings")
-            original = original or getattr(config, "original_max_position_embeddings", None)
-            length = min(length, int(original or known))
-    return length
-
-
-def _num_windowed_layers(config: Any, max_model_len: int) -> int:
-    """How many layers the configuration gives a sliding window that a row can exceed."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or window >= max_model_len:
-        return 0
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return int(config.num_hidden_layers)
-    return sum(kind == "sliding_attention" for kind in layer_types)
-
-
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     ids: set[int] = set()
     generation: Any = getattr(model, "generation_config", None)
@@ -269,77 +335,3 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             ids.update(source if isinstance(source, list | tuple) else [source])
     # A tokenizer may know more ids than the model has logits.
     return frozenset(int(i) for i in ids if 0 <= int(i) < model.config.get_text_config().vocab_size)
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise BackboneError(f"unknown device {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BackboneError(f"device {device} was asked for, but torch sees no CUDA device")
-    return chosen
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    for name, chosen in DTYPES.items():
-        if dtype == name:
-            return chosen
-    if dtype != "auto":
-        raise BackboneError(f"unknown dtype {dtype!r}; known are auto, {', '.join(DTYPES)}")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself (AVX512-bf16 or AMX); elsewhere bf16 is emulated and slower than fp32."""
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(bool(check()) for check in checks if check is not None)
-
-
-def _resolve_folder(source: str) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or source.startswith((".", "/", "~")):
-        raise BackboneError(f"{source} is not a model folder")
-    try:
-        return Path(
-            snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
-        )
-    except Exception as error:
-        raise BackboneError(f"{source} is neither a folder nor a hub id that can be fetched: {error}") from error
-
-
-def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, on the CPU, and its tokenizer. Raises ValueError, or what transformers raises, when it is unfit."""
-    if getattr(AutoConfig.from_pretrained(folder), "is_encoder_decoder", False):
-        raise ValueError("it is an encoder-decoder model; promptmux serves decoder-only models")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, attn_implementation=_STOCK_ATTENTION, output_loading_info=True
-    )
-    model, loading = loaded
-    # transformers fills what a checkpoint lacks with random numbers and only logs it.
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ValueError(f"its weights lack {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}")
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-def _refuse_shipped_code(folder: Path) -> None:
-    """Raises BackboneError when the model or its tokenizer names code of its own.
-
-    Both files are looked at: for a tokenizer's `auto_map`, transformers asks the terminal whether to run the code.
-    """
-    if not (folder / "config.json").exists():
-        raise BackboneError(f"{folder} has no config.json")
-    for file in (folder / "config.json", folder / "tokenizer_config.json"):
-        try:
-            config = json.loads(file.read_text()) if file.exists() else {}
-        except ValueError as error:
-            raise BackboneError(f"{file} is not JSON: {error}") from error
-        if "auto_map" in config:
-            raise BackboneError(f"{folder} ships its own code (auto_map in {file.name}); promptmux runs none")

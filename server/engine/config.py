@@ -7,8 +7,11 @@ from dataclasses import dataclass
 class EngineConfig:
     """Limits of the step loop. Every number is positive; `kv_cache_bytes` None lets the engine take a share of memory.
 
-    `poison_freed_slots` fills freed memory with NaN, so that a row that reads what it does not own cannot go
-    unnoticed; it is for tests, the check of owners and generations is always on.
+    `keeps_texts` lets later rows of a tenant share the keys and values of the beginning that they have in common with
+    an earlier one under the same prompt. `is_deterministic`: a row's bits do not depend on what shares the batch.
+    `compiles` lets steps be compiled in the background. `poison_freed_pages` fills freed memory with NaN, so that a row
+    that reads what it does not own cannot go unnoticed; it is for tests, the check of owners and generations is always
+    on.
     """
 
     max_rows: int = 64
@@ -20,4 +23,7 @@ class EngineConfig:
     host_prompt_bytes: int = 256 << 20
     max_virtual_tokens: int = 512
     audit_share: float = 0.01
-    poison_freed_slots: bool = False
+    keeps_texts: bool = True
+    is_deterministic: bool = False
+    compiles: bool = True
+    poison_freed_pages: bool = False

@@ -9,31 +9,28 @@ that one call out.
 import itertools
 import logging
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from prompt_store.manifest import SoftPrompt
 from server.engine.audit import Auditor
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
-from server.engine.isolation import check_plan
-from server.engine.kv import KvCache
-from server.engine.memory import make_ledger
+from server.engine.memory import make_pool
 from server.engine.observer import EngineObserver, StepClock
-from server.engine.plan import StepPlan, build_plan
+from server.engine.plan import StepPlan
 from server.engine.prefix import Residency
+from server.engine.prompt_intake import PromptIntake
 from server.engine.request import FINISH_CANCELLED, FINISH_LENGTH, FINISH_STOP, PromptRef, RowOutput, RowRequest
 from server.engine.residency import PrefixResidency
 from server.engine.results import StepResults
-from server.engine.row import Row, RowState
+from server.engine.row import Row, RowState, make_row
+from server.engine.row_memory import RowMemory
 from server.engine.scheduler import Admission, ScheduledRow, Scheduler
-from server.engine.step import claim, plan_entry
-from server.engine.text import TextStream
+from server.engine.status import EngineStatus
+from server.engine.step import plan_step
 from server.errors import (
-    ContextLengthExceededError,
     DrainingError,
     EngineFailedError,
     IsolationError,
@@ -47,21 +44,6 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[RowOutput]], None]
 
 IDLE_WAIT_S = 0.5
-STEPS_BETWEEN_AUDITS = 32
-COMPILE_RUNNING_S = 0.1
-COMPILE_IDLE_S = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """A look at the engine from another thread. `failure` is the error that ended the step loop, or None."""
-
-    num_running: int
-    num_waiting: int
-    kv_usage_ratio: float
-    prompts_resident: int
-    heartbeat_age_s: float
-    failure: str | None
 
 
 class Engine:
@@ -78,7 +60,10 @@ class Engine:
         metrics: Metrics,
         load_prompt: Callable[[PromptRef], SoftPrompt],
     ) -> None:
-        """Raises ValueError when the memory for keys and values holds no row of the backbone's context length."""
+        """Raises ValueError when the memory for keys and values cannot hold what it must (`make_pool`), BackboneError
+        when determinism is asked for and the backbone cannot give it.
+        """
+        backbone.set_deterministic(config.max_rows if config.is_deterministic else None)
         self._backbone = backbone
         self._config = config
         self._metrics = metrics
@@ -88,21 +73,27 @@ class Engine:
         self._lock = threading.Lock()
         self._num_waiting = 0  # submitted and not yet admitted; under the lock
         self._rows: dict[str, Row] = {}
-        self._kv = KvCache(
-            backbone.layers,
-            make_ledger(backbone, config),
-            dtype=backbone.dtype,
-            device=backbone.device,
-            poison_freed=config.poison_freed_slots,
+        self._pool = make_pool(backbone, config)
+        if not config.is_deterministic:
+            backbone.capture_decode(self._pool, config.max_rows)
+        # Neither what was kept nor what was preempted is computed in the shapes that a row alone would give.
+        self._memory = RowMemory(
+            self._pool,
+            keeps_texts=config.keeps_texts and not config.is_deterministic,
+            reserves_all=config.is_deterministic,
         )
         self._scheduler = Scheduler(
             max_rows=config.max_rows,
             max_step_tokens=config.max_step_tokens,
             prefill_chunk=config.prefill_chunk,
+            is_deterministic=config.is_deterministic,
             try_admit=self._try_admit,
+            try_extend=self._memory.extend,
+            preempt=self._preempt,
         )
         self._prefixes = PrefixResidency(
             backbone,
+            self._pool,
             config,
             metrics,
             load_prompt=load_prompt,
@@ -112,10 +103,9 @@ class Engine:
         self._observer = EngineObserver(metrics)
         self._results = StepResults(backbone.eos_token_ids)
         self._auditor = Auditor(backbone, config.audit_share, metrics)
+        self._intake = PromptIntake(self._prefixes, self._memory, self._scheduler, self._auditor, self._end_row)
         self._deliver: Deliver = lambda outputs: None
         self._outputs: list[RowOutput] = []
-        self._doomed: set[str] = set()  # prefix keys of deleted prompts
-        self._steps_since_audit = 0
         self._heartbeat_s = time.monotonic()
         self._is_draining = False
         self._is_stopping = False
@@ -128,22 +118,18 @@ class Engine:
         """Start the step loop. `deliver` is called on the engine thread, at most once a step, with what is new."""
         self._deliver = deliver
         self._prefixes.loader.start()
+        if self._config.compiles and not self._config.is_deterministic:
+            self._backbone.start_compiling()
         self._thread.start()
 
     def submit(self, rows: Sequence[RowRequest]) -> None:
         """Queue rows: all of them or none.
 
-        Raises QueueFullError, DrainingError, EngineFailedError, or ContextLengthExceededError for a row that fits no
-        slot.
+        Raises QueueFullError, DrainingError, EngineFailedError, or ContextLengthExceededError for a row that is longer
+        than the backbone's context.
         """
-        limit = self._backbone.max_model_len
         for row in rows:
-            k = row.prompt.num_virtual_tokens if row.prompt is not None else 0
-            if k + len(row.token_ids) + row.sampling.max_tokens > limit:
-                raise ContextLengthExceededError(
-                    f"This model's maximum context length is {limit} tokens: {k} virtual, {len(row.token_ids)} prompt "
-                    f"and {row.sampling.max_tokens} new tokens are more."
-                )
+            row.require_length(self._backbone.max_model_len)
         with self._lock:
             if self._failure is not None:
                 raise EngineFailedError(f"the engine has failed: {self._failure}")
@@ -163,11 +149,11 @@ class Engine:
 
     def evict(self, prefix_key: str) -> None:
         """Forget a deleted prompt, once the rows that were submitted with it have ended or hold its prefix."""
-        self._post(lambda: self._doomed.add(prefix_key))
+        self._post(lambda: self._intake.evict_when_unwanted(prefix_key))
 
     def pin(self, refs: Sequence[PromptRef]) -> None:
         """Keep exactly these prompts on the device, and bring those that are not there."""
-        self._post(lambda: self._pin(refs))
+        self._post(lambda: self._prefixes.pin(refs))
 
     def residency(self, prefix_key: str) -> Residency:
         return self._prefixes.residency_of(prefix_key)
@@ -178,7 +164,7 @@ class Engine:
         return EngineStatus(
             num_running=len(self._scheduler.running),
             num_waiting=num_waiting,
-            kv_usage_ratio=self._kv.ledger.tokens_used / self._kv.ledger.budget_tokens,
+            kv_usage_ratio=self._memory.usage_ratio,
             prompts_resident=len(self._prefixes.device),
             heartbeat_age_s=time.monotonic() - self._heartbeat_s,
             failure=self._failure,
@@ -197,6 +183,8 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         self._prefixes.loader.stop()
+        if not self._thread.is_alive():
+            self._backbone.stop_compiling()
 
     # --- the step loop: everything below runs on the engine thread ---------------------------------------------------
 
@@ -207,21 +195,18 @@ class Engine:
         """
         self._heartbeat_s = time.monotonic()
         self._take_commands()
-        self._evict_doomed()
-        self._take_prompts()
+        self._intake.turn()
         worked = self._step()
         self._flush()
-        return self._audit_sometimes(is_idle=not worked) or worked
+        return self._auditor.run_sometimes(is_idle=not worked) or worked
 
     def check_invariants(self) -> None:
-        """Raises RuntimeError when rows, slots and prefixes contradict each other. Engine thread only."""
+        """Raises RuntimeError when rows, pages and prefixes contradict each other. Engine thread only."""
         self._scheduler.check_invariants()
-        self._kv.ledger.check_invariants()
+        rows = self._rows.values()
+        self._memory.check_invariants(rows)
         self._prefixes.device.check_invariants()
-        held = {row.slot.owner for row in self._scheduler.running if row.slot is not None}
-        if len(held) != self._kv.ledger.num_slots_used:
-            raise RuntimeError(f"{self._kv.ledger.num_slots_used} slots are in use by {len(held)} running rows")
-        users = sum(row.prefix is not None and row.prefix.is_alive for row in self._scheduler.running)
+        users = sum(row.prefix is not None and row.prefix.is_alive for row in rows)
         if users != self._prefixes.device.num_users:
             raise RuntimeError(f"prefixes count {self._prefixes.device.num_users} users, {users} rows hold one")
 
@@ -247,19 +232,21 @@ class Engine:
             return False
         plan, packed = step
         clock.planned_s = time.perf_counter()
-        logits = self._backbone.forward(self._kv, plan)
+        logits = self._backbone.forward(self._pool, plan)
         clock.forwarded_s = time.perf_counter()
         for row, output in self._results.collect(plan, packed, logits):
             self._emit(row, output)
+        for item in packed:
+            # A client's text is offered as soon as it is computed: rows that wait now may begin with it.
+            if item.row.state is RowState.RUNNING and item.num_tokens > 1 and item.row.num_uncomputed <= 1:
+                self._memory.keep_text(item.row)
         self._observer.step_done(packed, clock)
         return True
 
     def _plan(self, scheduled: list[ScheduledRow]) -> tuple[StepPlan, list[ScheduledRow]] | None:
         """A checked plan and its rows in packed order; rows that fail the check end here. None: nothing is left."""
         while scheduled:
-            plan, order = build_plan([plan_entry(item) for item in scheduled])
-            packed = [scheduled[i] for i in order]
-            violations = check_plan(plan, [claim(item) for item in packed], self._kv.ledger.slabs)
+            plan, packed, violations = plan_step(scheduled, self._pool.ledger)
             self._metrics.isolation_checks_total.inc(len(packed))
             if not violations:
                 return plan, packed
@@ -276,19 +263,12 @@ class Engine:
     def _add_rows(self, requests: Sequence[RowRequest]) -> None:
         now_s = time.monotonic()
         for request in requests:
-            sampling = request.sampling
-            row = Row(
-                request=request,
+            row = make_row(
+                request,
                 serial=next(self._serials),
                 arrived_at_s=now_s,
-                text=TextStream(
-                    self._backbone.tokenizer,
-                    context=request.token_ids,
-                    stop=sampling.stop,
-                    skip_special_tokens=sampling.skip_special_tokens,
-                ),
+                tokenizer=self._backbone.tokenizer,
                 is_audited=self._auditor.selects(request.row_id),
-                seed=sampling.seed if sampling.seed is not None else secrets.randbits(63),
             )
             self._rows[row.row_id] = row
             self._scheduler.add(row)
@@ -298,21 +278,35 @@ class Engine:
 
     def _try_admit(self, row: Row) -> Admission:
         prompt = row.request.prompt
-        if prompt is not None and prompt.prefix_key not in self._prefixes.device:
+        if prompt is not None and row.prefix is None and prompt.prefix_key not in self._prefixes.device:
             self._prefixes.bring(prompt)
             return Admission.PREFIX_NOT_READY
-        slot = self._kv.allocate(row.serial, row.max_total_tokens)
-        if slot is None:
+        prefix = row.prefix
+        if prompt is not None and prefix is None:
+            prefix = self._prefixes.acquire(prompt)
+        if not self._memory.admit(row, prefix):
+            if prefix is not None and row.prefix is None:
+                self._prefixes.device.release(prefix)
             return Admission.NO_ROOM
-        prefix = self._prefixes.acquire(prompt) if prompt is not None else None
-        row.slot, row.prefix = slot, prefix
-        if prefix is not None:
-            self._kv.copy_in(slot, prefix.tensors, prefix.uid)
+        row.prefix = prefix
+        if row.num_preemptions:
+            return Admission.ADMITTED
         with self._lock:
             self._num_waiting -= 1
         row.first_scheduled_at_s = time.monotonic()
+        self._metrics.prompt_tokens_cached_total.inc(row.num_cached)
         self._observer.row_admitted(row)
         return Admission.ADMITTED
+
+    def _preempt(self, row: Row) -> None:
+        """Take a running row's pages; it waits, and computes its tokens again when there is room."""
+        logger.info("row %s gives way: pages are short", row.row_id)
+        self._memory.keep_text(row)
+        self._memory.release(row)
+        row.num_computed = 0
+        row.num_preemptions += 1
+        row.pending_prompt_logprobs.clear()
+        self._metrics.num_preemptions_total.inc()
 
     def _emit(self, row: Row, output: RowOutput) -> None:
         self._outputs.append(output)
@@ -334,16 +328,16 @@ class Engine:
         )
 
     def _retire(self, row: Row, output: RowOutput) -> None:
-        """Take an ended row out of everything: queue or batch, slot, prefix."""
-        if row.state is RowState.WAITING:
+        """Take an ended row out of everything: queue or batch, pages, prefix."""
+        if row.first_scheduled_at_s is None:
             with self._lock:
                 self._num_waiting -= 1
-        slot, row.slot = row.slot, None
         prefix, row.prefix = row.prefix, None
         self._scheduler.remove(row)
-        # A slot whose ledger entry is disputed is given to nobody any more.
-        if slot is not None and self._kv.ledger.holds(slot):
-            self._kv.free(slot, min(slot.capacity, row.next_column))
+        if row.pages is not None:
+            if output.error is None:
+                self._memory.keep_text(row)
+            self._memory.release(row)
         if prefix is not None:
             self._prefixes.device.release(prefix)
         del self._rows[row.row_id]
@@ -375,54 +369,6 @@ class Engine:
             self._flush()
         except Exception:
             logger.exception("the rows that were left could not be told")
-
-    # --- prompts come and go ----------------------------------------------------------------------------------------
-
-    def _take_prompts(self) -> None:
-        """Take in loaded prompts and compile those that rows wait for: at least one a turn, longer when idle."""
-        failed, for_audit = self._prefixes.poll()
-        for loaded in for_audit:
-            self._auditor.supply(loaded.ref, loaded.prompt)
-        for loaded in failed:
-            if loaded.error is not None:
-                logger.warning("%s@%s could not be loaded: %s", loaded.ref.task, loaded.ref.version, loaded.error)
-                self._fail_waiting(loaded.ref, loaded.error, same_version_only=True)
-        if self._prefixes.num_wanted:
-            limit_s = COMPILE_RUNNING_S if self._scheduler.running else COMPILE_IDLE_S
-            for ref, error in self._prefixes.compile_wanted(limit_s):
-                self._fail_waiting(ref, error)
-
-    def _fail_waiting(self, ref: PromptRef, error: PromptmuxError, *, same_version_only: bool = False) -> None:
-        """End the rows that wait for a prompt that will not come.
-
-        What cannot be compiled cannot be for anyone; but a load may have failed because one of two versions that share
-        a file was deleted, and rows of the other ask again by themselves.
-        """
-        for row in list(self._scheduler.waiting):
-            prompt = row.request.prompt
-            if prompt is not None and prompt.prefix_key == ref.prefix_key and (prompt == ref or not same_version_only):
-                self._end_row(row, error=error)
-
-    def _evict_doomed(self) -> None:
-        if self._doomed:
-            waiting = {r.request.prompt.prefix_key for r in self._scheduler.waiting if r.request.prompt is not None}
-            for key in self._doomed - waiting:
-                self._prefixes.evict(key)
-            self._doomed &= waiting
-
-    def _pin(self, refs: Sequence[PromptRef]) -> None:
-        self._prefixes.device.pin(frozenset(ref.prefix_key for ref in refs))
-        for ref in refs:
-            self._prefixes.bring(ref)
-
-    def _audit_sometimes(self, *, is_idle: bool) -> bool:
-        """Replay a finished row when nothing else is to be done, and now and then when there is always something."""
-        self._steps_since_audit += 1
-        if not self._auditor.num_ready or not (is_idle or self._steps_since_audit >= STEPS_BETWEEN_AUDITS):
-            return False
-        self._steps_since_audit = 0
-        self._auditor.run_one()
-        return True
 
     # --- plumbing ---------------------------------------------------------------------------------------------------
 

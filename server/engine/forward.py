@@ -1,32 +1,51 @@
 """The two ways of running one step of a plan through a frozen model: packed, and dense.
 
 Packed: all tokens of the step in one sequence `[1, T, hidden_size]`, the registered attention function reads each row's
-slot. Any decoder that calls transformers' attention interface can run so, unchanged.
+pages. Any decoder that calls transformers' attention interface can run so, unchanged.
 
 Dense: for models that compute attention by themselves (gptj, bloom, mpt, falcon and others). Decoding rows are put
-into one left-padded batch with a transformers cache filled from their slots, chunks of prompts run one by one; what
-the model added to the cache is written back to the slots. Slower, because keys and values are copied every step, but
-it takes the same plan, the same slots, the same isolation check and the same gate.
+into one left-padded batch with a transformers cache filled from their pages, chunks of prompts run one by one; what
+the model added to the cache is written back to the pages. Slower, because keys and values are copied every step, but
+it takes the same plan, the same pages, the same isolation check and the same gate.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from server.engine.attention import StepContext
-from server.engine.kv import KeysValues, KvCache, LayerShape
+from server.engine.cuda_graphs import Capture, DecodeBuffers, DecodeGraphs
+from server.engine.kernels.batch import PagedBatch
+from server.engine.kernels.gather import read_columns, write_kv
+from server.engine.kv import KeysValues, KvPool, LayerShape, num_pages_for
 from server.engine.plan import PlanEntry, StepPlan
 
 
 class Forward(Protocol):
-    """Runs a plan: writes the step's keys and values into the slots, returns the logits `[L, vocab_size]`."""
+    """Runs a plan: writes the step's keys and values into the pool, returns the logits `[L, vocab_size]`."""
 
     layers: tuple[LayerShape, ...]
 
-    def run(self, kv: KvCache, plan: StepPlan) -> torch.Tensor: ...
+    def run(self, pool: KvPool, plan: StepPlan) -> torch.Tensor: ...
+
+
+class Compiled(Protocol):
+    """`server.engine.compiled.CompiledForward`, as much as is needed of it here."""
+
+    def run(
+        self,
+        eager: Callable[[], torch.Tensor],
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        logits_tokens: torch.Tensor,
+        pool: KvPool,
+        batch: PagedBatch,
+    ) -> torch.Tensor: ...
 
 
 class UnsupportedModelError(RuntimeError):
@@ -45,24 +64,75 @@ class PackedForward:
     def __init__(self, model: PreTrainedModel, context: StepContext) -> None:
         self._model = model
         self._context = context
+        self.decode_tokens: int | None = None
+        """Every step of decoding rows alone is padded to so many tokens: one shape, whoever shares the batch."""
+        self.compiled: Compiled | None = None
+        """Another way to compute a step, used where it is the faster one."""
+        self._graphs: DecodeGraphs | None = None
+        self._graphs_pool: KvPool | None = None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.layers = self._discover_layers()
 
-    def run(self, kv: KvCache, plan: StepPlan) -> torch.Tensor:
+    def capture(self, pool: KvPool, *, max_rows: int, max_columns: int, capture: Capture | None = None) -> None:
+        """Serve decode steps over `pool` by CUDA graphs from now on (`capture` None), or by what `capture` makes of a
+        pass. Takes seconds a bucket; raises RuntimeError for a model that cannot be captured.
+        """
+
+        def forward(buffers: DecodeBuffers) -> torch.Tensor:
+            embeds = embed(self._model, buffers.token_ids)
+            return self._with_step(pool, buffers.batch, embeds, buffers.positions, buffers.logits_tokens)
+
+        graphs = DecodeGraphs(
+            forward, device=self._model.device, max_rows=max_rows, max_columns=max_columns, capture=capture
+        )
+        graphs.warm_up()
+        self._graphs, self._graphs_pool = graphs, pool
+
+    def run(self, pool: KvPool, plan: StepPlan) -> torch.Tensor:
+        if self._graphs is not None and self._graphs_pool is pool and self._graphs.can_replay(plan):
+            return self._graphs.replay(plan)
         device = self._model.device
-        embeds = embed(self._model, torch.from_numpy(plan.token_ids).to(device))
-        for entry, first in zip(plan.entries, plan.first_tokens.tolist(), strict=True):
+        num_padding = self._num_padding(plan)
+        embeds = embed(self._model, _index(plan.token_ids, num_padding, 0, device))
+        for entry, first in zip(plan.entries, plan.query_starts[:-1].tolist(), strict=True):
             if entry.vectors is not None:
                 embeds = embeds.clone()
                 embeds[first : first + entry.num_tokens] = entry.vectors.to(embeds)
-        logits_tokens = torch.from_numpy(plan.logits_tokens).to(device)
-        self._context.kv = kv
-        self._context.plan = plan
+        positions = _index(plan.positions, num_padding, 0, device)
+        logits_tokens = _index(plan.logits_tokens, num_padding, 0, device)
+        batch = plan.batch(device, num_padding)
+
+        def eager() -> torch.Tensor:
+            return self._with_step(pool, batch, embeds, positions, logits_tokens)
+
+        if self.compiled is not None and len(logits_tokens):
+            logits = self.compiled.run(eager, embeds, positions, logits_tokens, pool, batch)
+        else:
+            logits = eager()
+        return logits[: len(plan.logits_tokens)]
+
+    def _with_step(
+        self,
+        pool: KvPool,
+        batch: PagedBatch,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        logits_tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Call the model with the step where its attention finds it."""
+        self._context.pool = pool
+        self._context.batch = batch
         try:
-            return self._call(embeds, torch.from_numpy(plan.positions).to(device), logits_tokens)
+            return self._call(embeds, positions, logits_tokens)
         finally:
-            self._context.plan = None
-            self._context.kv = None
+            self._context.batch = None
+            self._context.pool = None
+
+    def _num_padding(self, plan: StepPlan) -> int:
+        """Padding tokens behind the plan's own, which are written nowhere and whose logits nobody takes."""
+        if self.decode_tokens is None or plan.num_decoding < len(plan.entries):
+            return 0
+        return max(0, self.decode_tokens - plan.num_tokens)
 
     def _call(self, embeds: torch.Tensor, positions: torch.Tensor, logits_tokens: torch.Tensor) -> torch.Tensor:
         kwargs: dict[str, Any] = {}
@@ -93,6 +163,11 @@ class PackedForward:
         return layers
 
 
+def _index(array: npt.NDArray[np.int64], num_padding: int, padding: int, device: torch.device) -> torch.Tensor:
+    padded = np.pad(array, (0, num_padding), constant_values=padding) if num_padding else array
+    return torch.from_numpy(padded).to(device, non_blocking=True)
+
+
 class DenseForward:
     """Left-padded batches with a transformers cache. Raises UnsupportedModelError for models with other state."""
 
@@ -102,32 +177,31 @@ class DenseForward:
         self._takes_positions = "position_ids" in parameters
         self.layers = self._discover_layers()
 
-    def run(self, kv: KvCache, plan: StepPlan) -> torch.Tensor:
-        entries = list(zip(plan.entries, plan.first_tokens.tolist(), strict=True))
-        decoding = [(entry, first) for entry, first in entries if entry.num_tokens == 1]
-        chunks = [(entry, first) for entry, first in entries if entry.num_tokens > 1]
+    def run(self, pool: KvPool, plan: StepPlan) -> torch.Tensor:
+        starts = plan.query_starts.tolist()
+        decoding = list(range(plan.num_decoding))
         logits_of: dict[int, torch.Tensor] = {}
-        if decoding:
-            answers = self._run_batch(kv, [entry for entry, _ in decoding])
-            logits_of.update({first: answers[i, -1] for i, (_, first) in enumerate(decoding)})
-        for entry, first in chunks:
-            answers = self._run_batch(kv, [entry])
-            logits_of.update({first + i: answers[0, i] for i in range(entry.num_tokens)})
+        for rows in [decoding, *([row] for row in range(plan.num_decoding, len(plan.entries)))]:
+            if rows:
+                answers = self._run_rows(pool, plan, rows)
+                for answer, row in zip(answers, rows, strict=True):
+                    logits_of.update({starts[row] + i: answer[i] for i in range(len(answer))})
         wanted = plan.logits_tokens.tolist()
         if not wanted:
             return torch.empty(0, 0)
         return torch.stack([logits_of[token] for token in wanted])
 
-    def _run_batch(self, kv: KvCache, entries: Sequence[PlanEntry]) -> torch.Tensor:
-        """Run entries of equal length together. Returns logits `[len(entries), n, vocab_size]`."""
+    def _run_rows(self, pool: KvPool, plan: StepPlan, rows: Sequence[int]) -> torch.Tensor:
+        """Run rows with equally many tokens together. Returns logits `[len(rows), n, vocab_size]`."""
         device = self._model.device
+        entries = [plan.entries[row] for row in rows]
         n = entries[0].num_tokens
         past = max(entry.start_column for entry in entries)
         cache = DynamicCache()
         if past:
-            for layer, shape in enumerate(self.layers):
-                keys = self._padded(kv, entries, layer, past, shape.kv_heads, shape.key_dim, "keys")
-                values = self._padded(kv, entries, layer, past, shape.kv_heads, shape.value_dim, "values")
+            for layer in range(pool.num_layers):
+                keys = self._padded(pool.key_pages[layer], plan, rows, past)
+                values = self._padded(pool.value_pages[layer], plan, rows, past)
                 cache.update(keys, values, layer)
         mask = torch.ones((len(entries), past + n), dtype=torch.long, device=device)
         for i, entry in enumerate(entries):
@@ -138,25 +212,22 @@ class DenseForward:
             starts = torch.tensor([entry.start_column for entry in entries], device=device)
             kwargs["position_ids"] = starts[:, None] + torch.arange(n, device=device)
         output = self._model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
-        for layer in range(len(self.layers)):
-            keys, values = _cached(cache, layer)
-            new_keys, new_values = keys[:, :, -n:], values[:, :, -n:]
-            for i, entry in enumerate(entries):
-                slab = kv.slabs[entry.slot.slab]
-                columns = slice(entry.start_column, entry.start_column + n)
-                slab.keys[layer][entry.slot.index, :, columns] = new_keys[i]
-                slab.values[layer][entry.slot.index, :, columns] = new_values[i]
+        first = int(plan.query_starts[rows[0]])
+        write_slots = torch.from_numpy(plan.write_slots[first : first + len(rows) * n]).to(device)
+        for layer in range(pool.num_layers):
+            new = [t[:, :, -n:].transpose(1, 2).flatten(0, 1) for t in _cached(cache, layer)]  # [rows * n, heads, dim]
+            write_kv(new[0], new[1], pool.key_pages[layer], pool.value_pages[layer], write_slots)
         logits: torch.Tensor = output.logits
         return logits
 
-    def _padded(
-        self, kv: KvCache, entries: Sequence[PlanEntry], layer: int, past: int, heads: int, dim: int, which: str
-    ) -> torch.Tensor:
-        """The rows' past keys or values, right-aligned: `[len(entries), heads, past, dim]`."""
-        padded = torch.zeros((len(entries), heads, past, dim), dtype=self._model.dtype, device=self._model.device)
-        for i, entry in enumerate(entries):
-            slot = getattr(kv.slabs[entry.slot.slab], which)[layer][entry.slot.index]
-            padded[i, :, past - entry.start_column :] = slot[:, : entry.start_column]
+    def _padded(self, pages: torch.Tensor, plan: StepPlan, rows: Sequence[int], past: int) -> torch.Tensor:
+        """The rows' past keys or values, right-aligned: `[len(rows), kv_heads, past, dim]`."""
+        padded = pages.new_zeros((len(rows), pages.shape[1], past, pages.shape[3]))
+        for i, row in enumerate(rows):
+            length = plan.entries[row].start_column
+            if length:
+                numbers = torch.from_numpy(plan.page_table[row, : num_pages_for(length)]).long().to(pages.device)
+                padded[i, :, past - length :] = read_columns(pages, numbers, length)
         return padded
 
     def _embeds(self, entry: PlanEntry) -> torch.Tensor:
@@ -194,7 +265,7 @@ def reference_logits(
     prefix: KeysValues | None = None,
     num_logits: int | None = None,
 ) -> torch.Tensor:
-    """The logits `[num_logits, vocab_size]` of one row alone, by the model's own attention: no plan, no slot.
+    """The logits `[num_logits, vocab_size]` of one row alone, by the model's own attention: no plan, no page.
 
     They are those of its last `num_logits` tokens, by default of all of them. `vectors [k, hidden_size]` are prepended
     to the input embeddings (Lester 2021); `prefix` fills the past of every

@@ -1,18 +1,20 @@
-"""The tensors behind the ledger of slots: keys and values, a slab at a time.
+"""The paged pool: keys and values of every running row, of the prefixes, and of the texts that are kept.
 
-A slab holds, for every layer, keys `[num_slots, kv_heads, capacity, key_dim]` and values
-`[num_slots, kv_heads, capacity, value_dim]` in the serving dtype, so that one row's slot is one contiguous stretch a
-head. Batched reads run over a slot's columns up to the longest row of the read; what lies behind a shorter row's end is
-masked, but 0 times NaN is NaN, so a slot is zeroed when it is given out: nothing that an earlier row left behind, not
-even NaN, reaches the next one.
+For every layer one tensor of keys `[pages, kv_heads, PAGE_SIZE, key_dim]` and one of values, in the serving dtype. A
+row's columns lie in the pages of its table, 16 a page; a prefix's full pages are read-only and shared by all its rows
+(paged attention: Kwon et al. 2023). The pool has two parts that cannot take each other's pages, though any page may
+serve in either: `row_pages` for rows and the texts they leave behind, `prefix_pages` for prompts. So a crowd of rows
+cannot keep a prompt from being brought, and a crowd of prompts cannot keep a row from running.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from server.engine.slots import Slot, SlotLedger
+from server.engine.kernels.gather import read_columns
+from server.engine.pages import PAGE_SIZE, PageLedger, PageNumbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,106 +45,130 @@ class KeysValues:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
+    def columns(self, first: int, end: int) -> "KeysValues":
+        """A view of columns `first .. end - 1`."""
+        return KeysValues(
+            tuple(keys[:, first:end] for keys in self.keys), tuple(values[:, first:end] for values in self.values)
+        )
 
-@dataclass(slots=True)
-class SlabTensors:
-    keys: list[torch.Tensor]  # a layer: [num_slots, kv_heads, capacity, key_dim]
-    values: list[torch.Tensor]  # a layer: [num_slots, kv_heads, capacity, value_dim]
-    dirty_columns: list[int]  # a slot: columns that may hold something other than zero
+    def clone(self) -> "KeysValues":
+        return KeysValues(tuple(keys.clone() for keys in self.keys), tuple(values.clone() for values in self.values))
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(t).all()) for t in (*self.keys, *self.values))
 
 
-class KvCache:
-    """Keys and values of all running rows. Only the engine thread touches it.
+def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes, all layers together."""
+    return sum(layer.numel_per_token for layer in layers) * dtype.itemsize
 
-    `ledger` decides who owns what; this class follows it: tensors of a slab come with its first slot and go when the
-    ledger drops the slab.
-    """
+
+def num_pages_for(num_columns: int) -> int:
+    return -(-num_columns // PAGE_SIZE)
+
+
+class KvPool:
+    """The tensors, and the ledger that says whose each page is. Only the engine thread touches them."""
 
     def __init__(
         self,
         layers: Sequence[LayerShape],
-        ledger: SlotLedger,
         *,
+        row_pages: int,
+        prefix_pages: int,
         dtype: torch.dtype,
         device: torch.device,
         poison_freed: bool = False,
     ) -> None:
-        self.ledger = ledger
-        self.slabs: dict[int, SlabTensors] = {}
-        self._layers = tuple(layers)
-        self._dtype = dtype
-        self._device = device
+        """`poison_freed` fills pages with NaN whenever they become free: whoever reads them shows it."""
+        self.ledger = PageLedger(row_pages + prefix_pages)
+        self.row_pages = row_pages
+        self.prefix_pages = prefix_pages
+        self.num_prefix_pages = 0
+        self.page_bytes = bytes_per_token(layers, dtype) * PAGE_SIZE
+        # Not zeroed: the system hands out memory as it is first written, so that a large pool costs what is used of it.
+        shape = [(self.ledger.num_pages, layer.kv_heads, PAGE_SIZE) for layer in layers]
+        self.key_pages = [
+            torch.empty((*s, layer.key_dim), dtype=dtype, device=device) for s, layer in zip(shape, layers, strict=True)
+        ]
+        self.value_pages = [
+            torch.empty((*s, layer.value_dim), dtype=dtype, device=device)
+            for s, layer in zip(shape, layers, strict=True)
+        ]
         self._poison_freed = poison_freed
-
-    @staticmethod
-    def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
-        return sum(layer.numel_per_token for layer in layers) * dtype.itemsize
+        if poison_freed:
+            self._poison(np.arange(self.ledger.num_pages, dtype=np.int32))
 
     @property
     def num_layers(self) -> int:
-        return len(self._layers)
+        return len(self.key_pages)
 
-    def allocate(self, owner: int, num_tokens: int) -> Slot | None:
-        """A clean slot (all zero) for the row with serial `owner`, or None when memory is short."""
-        slot = self.ledger.allocate(owner, num_tokens)
-        if slot is None:
+    @property
+    def num_row_pages(self) -> int:
+        """Pages that rows and kept texts hold. Also read by other threads, for a gauge."""
+        return self.ledger.num_used - self.num_prefix_pages
+
+    @property
+    def num_free_row_pages(self) -> int:
+        return self.row_pages - self.num_row_pages
+
+    def allocate(self, owner: int, count: int) -> PageNumbers | None:
+        """Pages for the row with serial `owner`, or None when fewer than `count` of the rows' part are free."""
+        return self.ledger.allocate(owner, count) if count <= self.num_free_row_pages else None
+
+    def allocate_prefix(self, owner: int, count: int) -> PageNumbers | None:
+        """Pages of the prefixes' part, for the compile job with serial `owner`, or None when it is full."""
+        if self.num_prefix_pages + count > self.prefix_pages:
             return None
-        self._follow_ledger()
-        slab = self.slabs[slot.slab]
-        self._fill(slab, slot.index, slab.dirty_columns[slot.index], 0.0)
-        slab.dirty_columns[slot.index] = slot.capacity
-        return slot
+        pages = self.ledger.allocate(owner, count)
+        self.num_prefix_pages += count
+        return pages
 
-    def free(self, slot: Slot, num_columns: int) -> None:
-        """Give the slot back; `num_columns` of it were ever written and need cleaning before the next owner.
-
-        Raises RuntimeError for a stale claim.
-        """
-        self.ledger.free(slot)
-        slab = self.slabs[slot.slab]
+    def release(self, pages: PageNumbers, owner: int) -> None:
+        """One holder of each page less. Raises RuntimeError for a stale claim, before anything is changed."""
+        freed = self.ledger.release(pages, owner)
         if self._poison_freed:
-            self._fill(slab, slot.index, slot.capacity, float("nan"))
-        else:
-            slab.dirty_columns[slot.index] = num_columns
+            self._poison(freed)
 
-    def copy_in(self, slot: Slot, prefix: KeysValues, prefix_uid: int) -> None:
-        """Put a prefix into columns 0 to k-1 of the slot and stamp the ledger with its uid.
+    def release_prefix(self, pages: PageNumbers, owner: int) -> None:
+        """Like `release`, for pages of the prefixes' part."""
+        self.release(pages, owner)
+        self.num_prefix_pages -= len(pages)
 
-        Raises RuntimeError for a stale claim, before anything is written.
+    def write(self, pages: PageNumbers, columns: KeysValues) -> None:
+        """Put columns into the pages from the first one's beginning. The caller owns the pages."""
+        k = columns.num_tokens
+        for pool, tensors in ((self.key_pages, columns.keys), (self.value_pages, columns.values)):
+            for layer, tensor in zip(pool, tensors, strict=True):
+                for index in range(num_pages_for(k)):
+                    part = tensor[:, index * PAGE_SIZE : min((index + 1) * PAGE_SIZE, k)]
+                    layer[int(pages[index]), :, : part.shape[1]].copy_(part)
+
+    def write_tail(self, page: int, tail: KeysValues, owner: int, prefix_uid: int) -> None:
+        """Put the last columns of a prefix at the beginning of a row's own page, and note whose they are.
+
+        Raises RuntimeError when the page is not `owner`'s, before anything is written.
         """
-        self.ledger.stamp_prefix(slot, prefix_uid)
-        slab = self.slabs[slot.slab]
-        k = prefix.num_tokens
-        for layer in range(self.num_layers):
-            slab.keys[layer][slot.index, :, :k].copy_(prefix.keys[layer])
-            slab.values[layer][slot.index, :, :k].copy_(prefix.values[layer])
+        self.ledger.stamp_tail(page, owner, prefix_uid)
+        self.write(np.array([page], dtype=np.int32), tail)
 
-    def copy_out(self, slot: Slot, num_columns: int) -> KeysValues:
-        """A copy of the first `num_columns` columns of the slot."""
-        if not self.ledger.holds(slot):
-            raise RuntimeError(f"stale claim on slot {slot.index} of slab {slot.slab} by row {slot.owner}")
-        slab = self.slabs[slot.slab]
+    def read(self, pages: PageNumbers, num_columns: int) -> KeysValues:
+        """A copy of the first `num_columns` columns of a row with these pages."""
+        index = torch.from_numpy(pages[: num_pages_for(num_columns)].astype(np.int64)).to(self.key_pages[0].device)
         return KeysValues(
-            keys=tuple(keys[slot.index, :, :num_columns].clone() for keys in slab.keys),
-            values=tuple(values[slot.index, :, :num_columns].clone() for values in slab.values),
+            tuple(read_columns(keys, index, num_columns).contiguous() for keys in self.key_pages),
+            tuple(read_columns(values, index, num_columns).contiguous() for values in self.value_pages),
         )
 
-    def _follow_ledger(self) -> None:
-        for slab_id in [i for i in self.slabs if i not in self.ledger.slabs]:
-            del self.slabs[slab_id]
-        for slab_id, slab in self.ledger.slabs.items():
-            if slab_id not in self.slabs:
-                self.slabs[slab_id] = SlabTensors(
-                    keys=[self._zeros(slab.num_slots, s.kv_heads, slab.capacity, s.key_dim) for s in self._layers],
-                    values=[self._zeros(slab.num_slots, s.kv_heads, slab.capacity, s.value_dim) for s in self._layers],
-                    dirty_columns=[0] * slab.num_slots,
-                )
+    def check_invariants(self) -> None:
+        """Raises RuntimeError when the ledger contradicts itself or a part is over its size."""
+        self.ledger.check_invariants()
+        if not 0 <= self.num_prefix_pages <= self.prefix_pages:
+            raise RuntimeError(f"prefixes hold {self.num_prefix_pages} pages, their part has {self.prefix_pages}")
+        if not 0 <= self.num_row_pages <= self.row_pages:
+            raise RuntimeError(f"rows hold {self.num_row_pages} pages, their part has {self.row_pages}")
 
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=self._dtype, device=self._device)
-
-    @staticmethod
-    def _fill(slab: SlabTensors, index: int, num_columns: int, value: float) -> None:
-        if num_columns:
-            for tensor in (*slab.keys, *slab.values):
-                tensor[index, :, :num_columns].fill_(value)
+    def _poison(self, pages: PageNumbers) -> None:
+        index = torch.from_numpy(pages.astype(np.int64))
+        for tensor in (*self.key_pages, *self.value_pages):
+            tensor[index] = float("nan")

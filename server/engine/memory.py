@@ -1,4 +1,4 @@
-"""How much memory keys and values get, and the ledgers that hand it out."""
+"""How much memory keys and values get."""
 
 import os
 from pathlib import Path
@@ -7,20 +7,20 @@ import torch
 
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
-from server.engine.kv import KvCache
-from server.engine.slots import SlotLedger
+from server.engine.kv import KvPool, num_pages_for
+from server.engine.pages import PAGE_SIZE
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
-SLAB_BYTES = 256 << 20
 CPU_MEMORY_SHARE = 0.25
 CUDA_MEMORY_SHARE = 0.6
 
 
-def make_ledger(backbone: Backbone, config: EngineConfig) -> SlotLedger:
-    """A ledger over `config.kv_cache_bytes`, or over a share of the device's memory where that is None.
+def make_pool(backbone: Backbone, config: EngineConfig) -> KvPool:
+    """A pool of `config.kv_cache_bytes` for rows (a share of the device's memory where that is None) and
+    `config.prefix_cache_bytes` for prompts.
 
-    Raises ValueError when that holds no row of the backbone's context length.
+    Raises ValueError when that holds no row of the backbone's context length, or no two of the longest prompts.
     """
     kv_bytes = config.kv_cache_bytes
     if kv_bytes is None:
@@ -28,35 +28,30 @@ def make_ledger(backbone: Backbone, config: EngineConfig) -> SlotLedger:
             kv_bytes = int(torch.cuda.mem_get_info(backbone.device)[0] * CUDA_MEMORY_SHARE)
         else:
             kv_bytes = int(_memory_limit_bytes() * CPU_MEMORY_SHARE)
-    budget_tokens = kv_bytes // backbone.bytes_per_token
-    if budget_tokens < backbone.max_model_len:
+    page_bytes = backbone.bytes_per_token * PAGE_SIZE
+    row_pages = kv_bytes // page_bytes
+    needed = num_pages_for(backbone.max_model_len)
+    if row_pages < needed:
         raise ValueError(
-            f"kv_cache_bytes={kv_bytes} holds {budget_tokens} tokens of this backbone, fewer than one row of "
-            f"max_model_len={backbone.max_model_len}: lower max_model_len or raise kv_cache_bytes"
+            f"kv_cache_bytes={kv_bytes} holds {row_pages} pages of {PAGE_SIZE} tokens of this backbone, fewer than the "
+            f"{needed} of one row of max_model_len={backbone.max_model_len}: lower max_model_len or raise "
+            "kv_cache_bytes"
         )
-    return SlotLedger(
-        max_tokens=backbone.max_model_len,
-        budget_tokens=budget_tokens,
-        slab_tokens=max(1, SLAB_BYTES // backbone.bytes_per_token),
-        max_slots_per_slab=config.max_rows,
-    )
-
-
-def make_scratch(backbone: Backbone, config: EngineConfig) -> KvCache:
-    """One slot, outside the budget, in which prompts of up to `config.max_virtual_tokens` are compiled one by one."""
-    max_tokens = min(config.max_virtual_tokens, backbone.max_model_len)
-    ledger = SlotLedger(
-        max_tokens=max_tokens,
-        budget_tokens=SlotLedger.capacity_for(max_tokens, max_tokens),
-        slab_tokens=1,
-        max_slots_per_slab=1,
-    )
-    return KvCache(
+    longest = num_pages_for(min(config.max_virtual_tokens, backbone.max_model_len))
+    prefix_pages = config.prefix_cache_bytes // page_bytes
+    if prefix_pages < 2 * longest:
+        raise ValueError(
+            f"prefix_cache_bytes={config.prefix_cache_bytes} holds {prefix_pages} pages of {PAGE_SIZE} tokens of this "
+            f"backbone, fewer than the {2 * longest} of two prompts of max_virtual_tokens="
+            f"{config.max_virtual_tokens}: lower max_virtual_tokens or raise prefix_cache_bytes"
+        )
+    return KvPool(
         backbone.layers,
-        ledger,
+        row_pages=row_pages,
+        prefix_pages=prefix_pages,
         dtype=backbone.dtype,
         device=backbone.device,
-        poison_freed=config.poison_freed_slots,
+        poison_freed=config.poison_freed_pages,
     )
 
 

@@ -1,8 +1,8 @@
 """What prompts become on the device, and where each of them is: device, host, or only in the store.
 
-A prefix is the keys and values of one prompt for every layer. It is made once (`compile` in the engine: one forward
-pass of the k vectors, or a cast of trained keys and values), never changed, and shared by every row that holds it. The
-device tier evicts by bytes, least recently used first, never a prefix that a row holds or a task has pinned. The host
+A prefix is the keys and values of one prompt for every layer. It is made once (`residency`: one forward pass of the k
+vectors, or a cast of trained keys and values), never changed, and shared by every row that holds it. The device tier
+evicts by bytes, least recently used first, never a prefix that a row holds or a task has pinned. The host
 tier keeps what the store gave, so that an evicted prefix comes back without the disk. Loading runs on a thread of its
 own; only the engine thread touches the tiers.
 """
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prompt_store.manifest import SoftPrompt
-from server.engine.kv import KeysValues
+from server.engine.kv import KeysValues, KvPool, num_pages_for
+from server.engine.pages import SHARED, PageNumbers
 from server.engine.request import PromptRef
 from server.errors import PromptmuxError, UnavailableError
 from server.metrics import Metrics
@@ -25,22 +26,28 @@ Residency = Literal["device", "host", "store"]
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """A prompt on the device. `uid` is unique in the process and is what slots are stamped with."""
+    """A prompt on the device: full pages that its rows share, and the last `k % PAGE_SIZE` columns, which they copy.
+
+    `uid` is unique in the process; pages that begin with a copied tail are stamped with it.
+    """
 
     uid: int
     key: str
     digest: str
-    tensors: KeysValues
+    pages: PageNumbers
+    tail: KeysValues | None
+    num_bytes: int
     num_users: int = 0
     is_alive: bool = True
 
 
 class PrefixCache:
-    """The device tier. `max_bytes` bounds it, except that prefixes in use and pinned ones stay."""
+    """The device tier: prefixes in the pool's part for them, never more than `max_bytes`."""
 
-    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, pool: KvPool, max_bytes: int, metrics: Metrics) -> None:
         self._prefixes: OrderedDict[str, Prefix] = OrderedDict()
         self._pinned: frozenset[str] = frozenset()
+        self._pool = pool
         self._max_bytes = max_bytes
         self._metrics = metrics
         self._next_uid = 1
@@ -57,6 +64,10 @@ class PrefixCache:
         """Rows that hold one of these prefixes, those evicted under them not counted."""
         return sum(prefix.num_users for prefix in self._prefixes.values())
 
+    def bytes_for(self, num_virtual_tokens: int) -> int:
+        """What making a prefix of so many virtual tokens may take: whole pages, the last one only while it is made."""
+        return num_pages_for(num_virtual_tokens) * self._pool.page_bytes
+
     def acquire(self, key: str) -> Prefix | None:
         """The prefix with one more user, or None when it is not on the device."""
         prefix = self._prefixes.get(key)
@@ -70,20 +81,36 @@ class PrefixCache:
         if prefix.num_users < 1:
             raise RuntimeError(f"prefix {prefix.digest[:12]} is released more often than acquired")
         prefix.num_users -= 1
-        if prefix.num_users == 0:
-            if not prefix.is_alive:
-                self._forget(prefix)
-            self._evict_to_fit()
+        if prefix.num_users == 0 and not prefix.is_alive:
+            self._forget(prefix)
 
-    def insert(self, ref: PromptRef, tensors: KeysValues) -> Prefix:
-        """Put a compiled prefix on the device, evicting others when bytes are short."""
+    def make_room(self, num_virtual_tokens: int) -> bool:
+        """Evict what nobody uses, least recently used first, until a prefix of this size fits.
+
+        False, and nothing is evicted, when even that would not make room.
+        """
+        pages, num_bytes = num_pages_for(num_virtual_tokens), self.bytes_for(num_virtual_tokens)
+        idle = [p for key, p in self._prefixes.items() if p.num_users == 0 and key not in self._pinned]
+        if not self._fits(pages - sum(len(p.pages) for p in idle), num_bytes - sum(p.num_bytes for p in idle)):
+            return False
+        for prefix in idle:
+            if self._fits(pages, num_bytes):
+                break
+            del self._prefixes[prefix.key]
+            prefix.is_alive = False
+            self._forget(prefix)
+            self._metrics.prompt_cache_evictions_total.labels(tier="device").inc()
+        return True
+
+    def insert(self, ref: PromptRef, pages: PageNumbers, tail: KeysValues | None) -> Prefix:
+        """Take over shared pages that hold the prompt's full pages, and its tail."""
         if ref.prefix_key in self._prefixes:
             raise RuntimeError(f"prefix {ref.digest[:12]} is compiled twice")
-        prefix = Prefix(self._next_uid, ref.prefix_key, ref.digest, tensors)
+        num_bytes = len(pages) * self._pool.page_bytes + (tail.num_bytes if tail is not None else 0)
+        prefix = Prefix(self._next_uid, ref.prefix_key, ref.digest, pages, tail, num_bytes)
         self._next_uid += 1
         self._prefixes[prefix.key] = prefix
-        self.num_bytes += tensors.num_bytes
-        self._evict_to_fit(keep=prefix)
+        self.num_bytes += num_bytes
         return prefix
 
     def pin(self, keys: frozenset[str]) -> None:
@@ -102,22 +129,22 @@ class PrefixCache:
         for key, prefix in self._prefixes.items():
             if prefix.key != key or not prefix.is_alive or prefix.num_users < 0:
                 raise RuntimeError(f"prefix {prefix.digest[:12]} is filed under the wrong key or is dead")
-        if self.num_bytes < sum(prefix.tensors.num_bytes for prefix in self._prefixes.values()):
+        if self.num_bytes < sum(prefix.num_bytes for prefix in self._prefixes.values()):
             raise RuntimeError("the device tier has lost count of its bytes")
+        if self.num_bytes > self._max_bytes:
+            raise RuntimeError(f"the device tier holds {self.num_bytes} bytes, {self._max_bytes} are allowed")
+        if self._pool.num_prefix_pages < sum(len(prefix.pages) for prefix in self._prefixes.values()):
+            raise RuntimeError("the device tier has lost count of its pages")
 
-    def _evict_to_fit(self, keep: Prefix | None = None) -> None:
-        for key in list(self._prefixes):
-            if self.num_bytes <= self._max_bytes:
-                return
-            prefix = self._prefixes[key]
-            if prefix.num_users == 0 and key not in self._pinned and prefix is not keep:
-                del self._prefixes[key]
-                prefix.is_alive = False
-                self._forget(prefix)
-                self._metrics.prompt_cache_evictions_total.labels(tier="device").inc()
+    def _fits(self, pages: int, num_bytes: int) -> bool:
+        return (
+            self.num_bytes + num_bytes <= self._max_bytes
+            and self._pool.num_prefix_pages + pages <= self._pool.prefix_pages
+        )
 
     def _forget(self, prefix: Prefix) -> None:
-        self.num_bytes -= prefix.tensors.num_bytes
+        self._pool.release_prefix(prefix.pages, SHARED)
+        self.num_bytes -= prefix.num_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ one a row a step, handed over in one batch a step.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server.errors import PromptmuxError
+from server.errors import ContextLengthExceededError, PromptmuxError
 
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
@@ -74,6 +74,15 @@ class RowRequest:
     prompt: PromptRef | None
     sampling: SamplingParams
 
+    def require_length(self, max_model_len: int) -> None:
+        """Raises ContextLengthExceededError when virtual, client and new tokens together are more than allowed."""
+        k = self.prompt.num_virtual_tokens if self.prompt is not None else 0
+        if k + len(self.token_ids) + self.sampling.max_tokens > max_model_len:
+            raise ContextLengthExceededError(
+                f"This model's maximum context length is {max_model_len} tokens: {k} virtual, {len(self.token_ids)} "
+                f"prompt and {self.sampling.max_tokens} new tokens are more."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -96,7 +105,8 @@ class RowOutput:
     made it, also when its text is still held back, so the two may run apart inside a stream and agree at its end.
     `prompt_logprobs` comes once, with the row's first output, and has one entry a client token; entry 0 is None.
     `stop_reason` is the stop string or stop token id that ended the row, None for EOS or length.
-    `queue_s` comes with the row's first token: the seconds from submission to admission.
+    `queue_s` comes with the row's first token: the seconds from submission to admission. So does `num_cached`: how
+    many of the client's tokens were not computed because their keys and values were kept from earlier rows.
     With `error` set the row has ended and no token of that step is delivered.
     """
 
@@ -109,6 +119,7 @@ class RowOutput:
     stop_reason: int | str | None = None
     error: PromptmuxError | None = None
     queue_s: float | None = None
+    num_cached: int = 0
 
     @property
     def is_last(self) -> bool:

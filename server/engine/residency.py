@@ -8,7 +8,7 @@ cast and used as they are.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from prompt_store.manifest import SoftPrompt
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 from server.engine.isolation import Claim, check_plan
-from server.engine.kv import KeysValues
-from server.engine.memory import make_scratch
+from server.engine.kv import KeysValues, KvPool, num_pages_for
+from server.engine.pages import PAGE_SIZE, PageNumbers, content_of_prefix
 from server.engine.plan import PlanEntry, build_plan
 from server.engine.prefix import HostCache, LoadedPrompt, Prefix, PrefixCache, PromptLoader, Residency
 from server.engine.request import PromptRef
+from server.engine.row_pages import RowPages
 from server.errors import IsolationError, NumericalError, PromptMismatchError, PromptmuxError
 from server.metrics import Metrics
 
@@ -34,6 +35,7 @@ class PrefixResidency:
     def __init__(
         self,
         backbone: Backbone,
+        pool: KvPool,
         config: EngineConfig,
         metrics: Metrics,
         *,
@@ -41,12 +43,13 @@ class PrefixResidency:
         wake: Callable[[], None],
         next_serial: Callable[[], int],
     ) -> None:
-        self.device = PrefixCache(config.prefix_cache_bytes, metrics)
+        self.device = PrefixCache(pool, config.prefix_cache_bytes, metrics)
         self.host = HostCache(config.host_prompt_bytes, metrics)
         self.loader = PromptLoader(load_prompt, wake)
         self._backbone = backbone
-        # Prompts are compiled in a slot of their own: a prompt must not wait until long rows leave theirs.
-        self._scratch = make_scratch(backbone, config)
+        self._pool = pool
+        self._max_virtual_tokens = min(config.max_virtual_tokens, backbone.max_model_len)
+        self._max_pinned_bytes = config.prefix_cache_bytes // 2
         self._metrics = metrics
         self._next_serial = next_serial
         self._wanted: dict[str, PromptRef] = {}  # to be compiled, in the order in which rows asked
@@ -110,26 +113,45 @@ class PrefixResidency:
     def compile_wanted(self, limit_s: float) -> list[tuple[PromptRef, PromptmuxError]]:
         """Make prefixes that rows wait for: at least one, and more until `limit_s` have passed.
 
-        Returns those that cannot be made, with the reason.
+        One for which there is no room keeps waiting, until rows that hold others have ended. Returns those that cannot
+        be made, with the reason.
         """
-        failed = []
+        failed: list[tuple[PromptRef, PromptmuxError]] = []
         began_s = time.monotonic()
-        for count, (key, ref) in enumerate(list(self._wanted.items())):
-            if count and time.monotonic() - began_s >= limit_s:
+        num_made = 0
+        for key, ref in list(self._wanted.items()):
+            if num_made and time.monotonic() - began_s >= limit_s:
                 break
-            prompt = self._arrived[key]
             try:
-                tensors = self.compile(ref, prompt)
+                prefix = self.compile(ref, self._arrived[key])
             except PromptmuxError as error:
                 failed.append((ref, error))
-                tensors = None
+            else:
+                if prefix is None:
+                    continue
+            num_made += 1
             del self._wanted[key], self._arrived[key]
             asked_at_s = self._asked_at_s.pop(key, None)
-            if tensors is not None:
-                self.device.insert(ref, tensors)
-                if asked_at_s is not None:
-                    self._metrics.prompt_load_seconds.observe(time.monotonic() - asked_at_s)
+            if key in self.device and asked_at_s is not None:
+                self._metrics.prompt_load_seconds.observe(time.monotonic() - asked_at_s)
         return failed
+
+    def pin(self, refs: Sequence[PromptRef]) -> None:
+        """Keep exactly these prompts on the device, in this order, as far as half of its bytes go, and bring them."""
+        taken: list[PromptRef] = []
+        num_bytes = 0
+        for ref in refs:
+            num_bytes += self.device.bytes_for(ref.num_virtual_tokens)
+            if num_bytes > self._max_pinned_bytes:
+                logger.warning(
+                    "%d of %d pinned prompts stay on the device: they may fill half of prefix_cache_bytes",
+                    len(taken), len(refs),
+                )  # fmt: skip
+                break
+            taken.append(ref)
+        self.device.pin(frozenset(ref.prefix_key for ref in taken))
+        for ref in taken:
+            self.bring(ref)
 
     def evict(self, key: str) -> None:
         """Forget a deleted version in every tier."""
@@ -139,17 +161,39 @@ class PrefixResidency:
         self._arrived.pop(key, None)
         self._asked_at_s.pop(key, None)
 
-    def compile(self, ref: PromptRef, prompt: SoftPrompt) -> KeysValues:
-        """The prompt's prefix.
+    def compile(self, ref: PromptRef, prompt: SoftPrompt) -> Prefix | None:
+        """Make the prompt's prefix and put it on the device; None when there is no room for it now.
 
         Raises PromptMismatchError when its shape is not what the reference says or does not fit the backbone,
         NumericalError when it comes out not finite.
         """
         self._require_fit(ref, prompt)
-        prefix = self._cast_prefix(prompt) if prompt.kind == "prefix" else self._compile_embeddings(prompt)
-        if not all(bool(torch.isfinite(t).all()) for t in (*prefix.keys, *prefix.values)):
-            raise NumericalError(f"the prefix of {ref.task}@{ref.version} is not finite in {self._backbone.dtype_name}")
-        return prefix
+        k = prompt.num_virtual_tokens
+        if not self.device.make_room(k):
+            return None
+        serial = self._next_serial()
+        pages = self._pool.allocate_prefix(serial, num_pages_for(k))
+        if pages is None:
+            raise RuntimeError("the prefixes' part of the pool is full although there was room")
+        num_full = k // PAGE_SIZE
+        try:
+            if prompt.kind == "prefix":
+                self._pool.write(pages, self._cast(prompt))
+            else:
+                self._compile_embeddings(serial, pages, prompt)
+            columns = self._pool.read(pages, k)
+            if not columns.is_finite():
+                raise NumericalError(
+                    f"the prefix of {ref.task}@{ref.version} is not finite in {self._backbone.dtype_name}"
+                )
+            for index in range(num_full):
+                self._pool.ledger.share(int(pages[index]), serial, content_of_prefix(ref.prefix_key, index))
+        except BaseException:
+            self._pool.release_prefix(pages, serial)
+            raise
+        self._pool.release_prefix(pages[num_full:], serial)
+        tail = columns.columns(num_full * PAGE_SIZE, k).clone() if k % PAGE_SIZE else None
+        return self.device.insert(ref, pages[:num_full], tail)
 
     def _require_fit(self, ref: PromptRef, prompt: SoftPrompt) -> None:
         """A prompt that was stored for another backbone must end its own rows, not the step loop."""
@@ -159,9 +203,9 @@ class PrefixResidency:
                 f"its file has {prompt.num_virtual_tokens} {prompt.kind}"
             )
         k = prompt.num_virtual_tokens
-        if k > self._scratch.ledger.max_tokens:
+        if k > self._max_virtual_tokens:
             raise PromptMismatchError(
-                f"{ref.task}@{ref.version} has {k} virtual tokens; {self._scratch.ledger.max_tokens} are allowed"
+                f"{ref.task}@{ref.version} has {k} virtual tokens; {self._max_virtual_tokens} are allowed"
             )
         shape = self._backbone.shape(k)
         if prompt.kind == "prefix":
@@ -173,27 +217,25 @@ class PrefixResidency:
                 f"{ref.task}@{ref.version} has the shape {prompt.values.shape}, this backbone needs {expected}"
             )
 
-    def _cast_prefix(self, prompt: SoftPrompt) -> KeysValues:
+    def _cast(self, prompt: SoftPrompt) -> KeysValues:
         stacked = torch.from_numpy(prompt.values).to(device=self._backbone.device, dtype=self._backbone.dtype)
         return KeysValues(tuple(layer[0] for layer in stacked), tuple(layer[1] for layer in stacked))
 
-    def _compile_embeddings(self, prompt: SoftPrompt) -> KeysValues:
+    def _compile_embeddings(self, serial: int, pages: PageNumbers, prompt: SoftPrompt) -> None:
+        """One forward pass of the prompt's vectors, alone in its batch, into pages that the job owns."""
         k = prompt.num_virtual_tokens
-        serial = self._next_serial()
-        slot = self._scratch.allocate(serial, k)
-        if slot is None:
-            raise RuntimeError("the slot for compiling prompts is taken")
-        try:
-            vectors = torch.from_numpy(np.ascontiguousarray(prompt.values)).to(self._backbone.device)
-            placeholders = [0] * k
-            plan, _ = build_plan([PlanEntry(slot, 0, placeholders, logits_from=k, vectors=vectors)])
-            claim = Claim(serial, slot, 0, placeholders, num_logits=0, vectors=vectors)
-            for violation in check_plan(plan, [claim], self._scratch.ledger.slabs):
-                raise IsolationError(f"compiling a prompt: {violation.reason}")
-            self._backbone.forward(self._scratch, plan)
-            return self._scratch.copy_out(slot, k)
-        finally:
-            self._scratch.free(slot, k)
+        vectors = torch.from_numpy(np.ascontiguousarray(prompt.values)).to(self._backbone.device)
+        placeholders = [0] * k
+        own = RowPages(k)
+        own.append(pages, self._pool.ledger)
+        plan, _ = build_plan([PlanEntry(own.numbers, 0, placeholders, logits_from=k, vectors=vectors)])
+        claim = Claim(
+            serial=serial, start_column=0, token_ids=placeholders, num_logits=0, pages=own.numbers,
+            generations=own.generations, contents=own.contents, vectors=vectors,
+        )  # fmt: skip
+        for violation in check_plan(plan, [claim], self._pool.ledger):
+            raise IsolationError(f"compiling a prompt: {violation.reason}")
+        self._backbone.forward(self._pool, plan)
 
     def _count(self, hit: bool, tier: str) -> None:
         counter = self._metrics.prompt_cache_hits_total if hit else self._metrics.prompt_cache_misses_total

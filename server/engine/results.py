@@ -1,7 +1,7 @@
 """From a step's logits to what each row is given: log-probabilities of its own prompt, its next token, its text, its
 end.
 
-Knows rows and logits; knows nothing of slots, queues and clients: the engine emits what comes out and retires what
+Knows rows and logits; knows nothing of pages, queues and clients: the engine emits what comes out and retires what
 ended.
 """
 
@@ -102,10 +102,16 @@ class StepResults:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             queue_s=row.queue_s if row.num_generated == 1 else None,
+            num_cached=row.num_cached if row.num_generated == 1 else 0,
         )
 
     def _end_without_tokens(self, row: Row) -> RowOutput:
-        return RowOutput(row_id=row.row_id, prompt_logprobs=take_prompt_logprobs(row), finish_reason=FINISH_LENGTH)
+        return RowOutput(
+            row_id=row.row_id,
+            prompt_logprobs=take_prompt_logprobs(row),
+            finish_reason=FINISH_LENGTH,
+            num_cached=row.num_cached,
+        )
 
 
 def take_prompt_logprobs(row: Row) -> tuple[TokenLogprob | None, ...] | None:

@@ -1,15 +1,16 @@
 """One sequence being generated, from submission to its end. Bookkeeping only: no tensors, no torch."""
 
 import enum
+import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from server.engine.request import RowRequest, TokenLogprob
-from server.engine.slots import Slot
+from server.engine.row_pages import RowPages
+from server.engine.text import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from server.engine.prefix import Prefix
-    from server.engine.text import TextStream
 
 
 class RowState(enum.Enum):
@@ -22,20 +23,24 @@ class RowState(enum.Enum):
 class Row:
     """A row's own state. Only the engine thread touches it.
 
-    `serial` is the row's name in the ledger of slots, unique in the process. `token_ids` are the client's tokens
-    followed by the generated ones; token i lies at column and position `num_virtual_tokens + i` of the slot, because
-    the prefix fills the columns before. `num_computed` counts the tokens whose keys and values are in the slot.
-    `prefix` and the digest in `request.prompt` are held from admission to the end, whatever is rolled out meanwhile.
+    `serial` is the row's name in the ledger of pages, unique in the process. `token_ids` are the client's tokens
+    followed by the generated ones; token i lies at column and position `num_virtual_tokens + i`, because the prefix
+    fills the columns before. `num_computed` counts the tokens whose keys and values are in the row's pages, and
+    `num_cached` those of the client's that were found there when the row was first admitted. A preempted row gives its
+    pages back, waits, and computes its tokens again; `prefix` and the digest in `request.prompt` are held from
+    admission to the end all the same, whatever is rolled out meanwhile.
     """
 
     request: RowRequest
     serial: int
     arrived_at_s: float
-    text: "TextStream"
+    text: TextStream
     state: RowState = RowState.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
-    slot: Slot | None = None
+    pages: RowPages | None = None
+    num_cached: int = 0
+    num_preemptions: int = 0
     prefix: "Prefix | None" = None
     is_audited: bool = False
     seed: int = 0
@@ -68,6 +73,11 @@ class Row:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_pages(self) -> int:
+        """Pages that the row itself holds; those of its prefix are not counted."""
+        return len(self.pages.held) if self.pages is not None else 0
+
+    @property
     def max_total_tokens(self) -> int:
         """Columns that the row may come to need: virtual, client and new tokens."""
         return self.num_virtual_tokens + self.num_prompt_tokens + self.request.sampling.max_tokens
@@ -83,15 +93,41 @@ class Row:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.request.sampling.prompt_logprobs is not None
+        """Whether log-probabilities of the client's own tokens are still owed. They go out with the first new token."""
+        return self.request.sampling.prompt_logprobs is not None and not self.num_generated
 
     def check_invariants(self) -> None:
         """Raises RuntimeError when the row contradicts itself."""
         if not 0 <= self.num_computed <= len(self.token_ids):
             raise RuntimeError(f"row {self.row_id}: {self.num_computed} computed of {len(self.token_ids)}")
-        if self.state is RowState.RUNNING and self.slot is None:
-            raise RuntimeError(f"row {self.row_id} runs without a slot")
-        if self.state is not RowState.RUNNING and self.slot is not None:
-            raise RuntimeError(f"row {self.row_id} holds a slot but is {self.state.value}")
-        if self.slot is not None and self.num_virtual_tokens + len(self.token_ids) > self.slot.capacity + 1:
-            raise RuntimeError(f"row {self.row_id} outgrew its slot of {self.slot.capacity}")
+        if self.state is RowState.RUNNING and self.pages is None:
+            raise RuntimeError(f"row {self.row_id} runs without pages")
+        if self.state is not RowState.RUNNING and self.pages is not None:
+            raise RuntimeError(f"row {self.row_id} holds pages but is {self.state.value}")
+        if self.pages is not None and self.pages.num_columns < self.next_column:
+            raise RuntimeError(f"row {self.row_id} has outgrown its {self.pages.num_pages} pages")
+
+
+def make_row(
+    request: RowRequest,
+    *,
+    serial: int,
+    arrived_at_s: float,
+    tokenizer: Tokenizer,
+    is_audited: bool,
+) -> Row:
+    """A waiting row. One without a seed of its own gets a random one, so that every row can be repeated."""
+    sampling = request.sampling
+    return Row(
+        request=request,
+        serial=serial,
+        arrived_at_s=arrived_at_s,
+        text=TextStream(
+            tokenizer,
+            context=request.token_ids,
+            stop=sampling.stop,
+            skip_special_tokens=sampling.skip_special_tokens,
+        ),
+        is_audited=is_audited,
+        seed=sampling.seed if sampling.seed is not None else secrets.randbits(63),
+    )

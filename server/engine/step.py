@@ -1,21 +1,32 @@
-"""What a scheduled row contributes to a plan, and what it says of itself for the isolation check.
+"""A step's plan, checked: what each scheduled row contributes to it, and what the row says of itself.
 
 The two are made here side by side, and from different sources on purpose: an entry is what the plan is built from, a
 claim is what the row says without the plan.
 """
 
-from server.engine.isolation import Claim
-from server.engine.plan import PlanEntry
+from collections.abc import Sequence
+
+from server.engine.isolation import Claim, Violation, check_plan
+from server.engine.pages import NO_PREFIX, PAGE_SIZE, PageLedger
+from server.engine.plan import PlanEntry, StepPlan, build_plan
 from server.engine.scheduler import ScheduledRow
-from server.engine.slots import NO_PREFIX
+
+
+def plan_step(
+    scheduled: Sequence[ScheduledRow], ledger: PageLedger
+) -> tuple[StepPlan, list[ScheduledRow], list[Violation]]:
+    """The plan, its rows in packed order, and what the isolation check says: nothing, or the plan must not be run."""
+    plan, order = build_plan([plan_entry(item) for item in scheduled])
+    packed = [scheduled[i] for i in order]
+    return plan, packed, check_plan(plan, [claim(item) for item in packed], ledger)
 
 
 def plan_entry(item: ScheduledRow) -> PlanEntry:
     row = item.row
-    if row.slot is None:
-        raise RuntimeError(f"row {row.row_id} is scheduled without a slot")
+    if row.pages is None:
+        raise RuntimeError(f"row {row.row_id} is scheduled without pages")
     return PlanEntry(
-        slot=row.slot,
+        pages=row.pages.numbers,
         start_column=row.next_column,
         token_ids=step_tokens(item),
         logits_from=item.num_tokens - num_logits(item),
@@ -25,8 +36,8 @@ def plan_entry(item: ScheduledRow) -> PlanEntry:
 def claim(item: ScheduledRow) -> Claim:
     """What the row says of itself, for the check: read from the row, never from the plan."""
     row = item.row
-    if row.slot is None:
-        raise RuntimeError(f"row {row.row_id} is scheduled without a slot")
+    if row.pages is None:
+        raise RuntimeError(f"row {row.row_id} is scheduled without pages")
     prompt, prefix = row.request.prompt, row.prefix
     if prompt is None or prefix is None:
         matches = prompt is None and prefix is None
@@ -34,11 +45,14 @@ def claim(item: ScheduledRow) -> Claim:
         matches = prefix.key == prompt.prefix_key and prefix.digest == prompt.digest and prefix.num_users > 0
     return Claim(
         serial=row.serial,
-        slot=row.slot,
+        pages=row.pages.numbers,
+        generations=row.pages.generations,
+        contents=row.pages.contents,
         start_column=row.next_column,
         token_ids=step_tokens(item),
         num_logits=num_logits(item),
         prefix_uid=prefix.uid if prefix is not None else NO_PREFIX,
+        tail_page=row.num_virtual_tokens // PAGE_SIZE if row.num_virtual_tokens % PAGE_SIZE else None,
         prefix_matches=matches,
     )
 

@@ -26,6 +26,8 @@ class RequestMeter:
         self._finish_reasons: list[str | None] = [None] * len(generation.rows)
         self._first_token_s: list[float | None] = [None] * len(generation.rows)
         self._queue_s: list[float | None] = [None] * len(generation.rows)
+        self.cached_tokens = 0
+        """Of the client's tokens, those whose keys and values were kept from earlier rows."""
         self.e2e_s: float | None = None
 
     @property
@@ -55,6 +57,8 @@ class RequestMeter:
             self._completion_tokens[index] += len(output.token_ids)
             if self._first_token_s[index] is None:
                 self._first_token_s[index] = self._clock() - self._arrived_at_s
+        if index % self._generation.n == 0:  # the samples of one item have one text, which usage counts once
+            self.cached_tokens += output.num_cached
         if output.queue_s is not None:
             self._queue_s[index] = output.queue_s
         if output.is_last:

@@ -37,6 +37,7 @@ def _merge_row(parts: list[RowOutput]) -> RowOutput:
         stop_reason=last.stop_reason,
         error=last.error,
         queue_s=next((part.queue_s for part in parts if part.queue_s is not None), None),
+        num_cached=sum(part.num_cached for part in parts),
     )
 
 

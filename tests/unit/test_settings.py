@@ -104,6 +104,10 @@ def test_service_links_of_kubernetes_are_explained(variable: str) -> None:
 
 
 OUT_OF_RANGE = [
+    ("quantization", "int4"),
+    ("compile", "always"),
+    ("deterministic", "yes"),
+    ("text_cache", "true"),
     ("model", ""),
     ("host", ""),
     ("port", "-1"),

@@ -25,15 +25,29 @@ def differences_from_oracle(
         return [f"{case.row_id} ended with {result.error!r}"]
     if len(result.prompt_logprobs) != len(case.token_ids) or len(result.logprobs) != len(result.token_ids):
         return [f"{case.row_id} has log-probabilities of another number of tokens"]
-    token_ids = [*case.token_ids, *result.token_ids]
-    expected = oracle.logprobs(case.prompt, token_ids)
-    entries = [*result.prompt_logprobs, *result.logprobs]
-    found = [] if entries[0] is None else [f"{case.row_id} predicts its first token"]
-    for position in range(1, len(token_ids)):
-        difference = _difference(entries[position], token_ids[position], expected[position - 1])
+    expected = oracle.logprobs(case.prompt, [*case.token_ids, *result.token_ids])
+    found = [] if result.prompt_logprobs[0] is None else [f"{case.row_id} predicts its first token"]
+    for position, difference in enumerate(_position_differences(case, result, expected), start=1):
         if difference > tolerance:
             found.append(f"{case.row_id} ({case.prompt}) token {position}: log-probability off by {difference:.2e}")
     return found + _differences_from_generate(case, result, expected, oracle, tolerance)
+
+
+def largest_difference_from_oracle(case: Case, result: RowResult, oracle: PeftOracle) -> float:
+    """In nats, over all positions of a row that has ended without an error."""
+    expected = oracle.logprobs(case.prompt, [*case.token_ids, *result.token_ids])
+    return max(_position_differences(case, result, expected))
+
+
+def largest_difference_from_alone(result: RowResult, alone: RowResult) -> float:
+    """In nats, over the client's tokens and those that both generated alike."""
+    end = _first_difference(result.token_ids, alone.token_ids)
+    pairs = [
+        *zip(result.prompt_logprobs, alone.prompt_logprobs, strict=True),
+        *zip(result.logprobs[:end], alone.logprobs[:end], strict=True),
+    ]
+    found = [abs(one.logprob - other.logprob) for one, other in pairs if one is not None and other is not None]
+    return max(found, default=0.0)
 
 
 def differences_from_alone(
@@ -69,6 +83,13 @@ def _differences_from_generate(
     if _margin(expected[len(case.token_ids) - 1 + parted_at]) <= tolerance:
         return []
     return [f"{case.row_id} ({case.prompt}) chose {result.token_ids}, PEFT generates {generated}"]
+
+
+def _position_differences(case: Case, result: RowResult, expected: torch.Tensor) -> list[float]:
+    """Of every token but the first, which nothing predicts; `expected [tokens, vocab_size]`."""
+    token_ids = [*case.token_ids, *result.token_ids]
+    entries = [*result.prompt_logprobs, *result.logprobs]
+    return [_difference(entries[i], token_ids[i], expected[i - 1]) for i in range(1, len(token_ids))]
 
 
 def _difference(entry: TokenLogprob | None, token_id: int, expected: torch.Tensor) -> float:

@@ -15,7 +15,6 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.request import PromptRef, RowOutput, RowRequest, SamplingParams, TokenLogprob
 from server.engine.row import Row
-from server.engine.slots import SlotLedger
 from server.errors import PromptmuxError
 from server.metrics import Metrics
 from tests.factories import MadePrompt
@@ -64,7 +63,7 @@ class RowResult:
 class EngineDriver:
     """An engine on the test's thread. Use as a context manager; `config` are fields of EngineConfig.
 
-    Freed slots are poisoned with NaN unless the test says otherwise: what reads them cannot go unnoticed.
+    Freed pages are poisoned with NaN unless the test says otherwise: what reads them cannot go unnoticed.
     """
 
     def __init__(self, backbone: Backbone, prompts: Mapping[str, MadePrompt], **config: Any) -> None:
@@ -75,8 +74,13 @@ class EngineDriver:
         self._prompts = prompts
         self._by_key = {prompt.ref.prefix_key: prompt.soft_prompt for prompt in prompts.values()}
         # Room for the longest row and a full batch of short ones.
-        kv_bytes = (64 * SlotLedger.MIN_CAPACITY + backbone.max_model_len) * backbone.bytes_per_token
-        defaults: dict[str, Any] = {"audit_share": 0.0, "poison_freed_slots": True, "kv_cache_bytes": kv_bytes}
+        kv_bytes = (64 * 128 + backbone.max_model_len) * backbone.bytes_per_token
+        defaults: dict[str, Any] = {
+            "audit_share": 0.0,
+            "poison_freed_pages": True,
+            "kv_cache_bytes": kv_bytes,
+            "prefix_cache_bytes": 4 * 512 * backbone.bytes_per_token,
+        }
         self.engine = Engine(backbone, EngineConfig(**(defaults | config)), self.metrics, self._load_prompt)
         self.engine._deliver = self._take
 

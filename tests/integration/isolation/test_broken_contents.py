@@ -4,6 +4,7 @@ The run-time check cannot see these. The audit does, which replays finished rows
 holds; and so does the tests' own comparison with PEFT.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
@@ -11,13 +12,12 @@ import pytest
 import torch
 
 from prompt_store.manifest import SoftPrompt
-from server.engine import attention, results
-from server.engine.attention import LayerAttention
-from server.engine.kv import KeysValues, KvCache
+from server.engine import results
+from server.engine.kernels.batch import LayerAttention, PagedBatch
+from server.engine.prefix import Prefix
 from server.engine.request import PromptRef
 from server.engine.residency import PrefixResidency
 from server.engine.sampler import Sampled, SamplerRow, sample
-from server.engine.slots import Slot
 from tests.integration.isolation.comparison import differences_from_oracle
 from tests.integration.isolation.driver import Case, EngineDriver
 from tests.integration.isolation.world import TWINS, World
@@ -63,21 +63,18 @@ def test_audits_of_a_healthy_engine_all_match(family: str, world_of: Callable[[s
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gptj"])
 @pytest.mark.parametrize(("victim", "twin"), TWINS)
-def test_another_prompts_keys_in_a_slot_with_the_right_stamp_are_caught(
-    victim: str, twin: str, family: str, world_of: Callable[[str], World], monkeypatch: pytest.MonkeyPatch
+def test_another_prompts_keys_in_a_prefix_with_the_right_stamps_are_caught(
+    victim: str, twin: str, family: str, world_of: Callable[[str], World]
 ) -> None:
     world = world_of(family)
     cases = make_cases(world)
     refs = [world.prompts[name].ref for name in (victim, twin)]
-    copy_in = KvCache.copy_in
     with world.driver(audit_share=1.0) as driver:
         driver.make_resident()
         right, wrong = (driver.engine._prefixes.device._prefixes[ref.prefix_key] for ref in refs)
-
-        def copy_wrong(self: KvCache, slot: Slot, prefix: KeysValues, prefix_uid: int) -> None:
-            copy_in(self, slot, wrong.tensors if prefix_uid == right.uid else prefix, prefix_uid)
-
-        monkeypatch.setattr(KvCache, "copy_in", copy_wrong)
+        for pages in (*driver.engine._pool.key_pages, *driver.engine._pool.value_pages):
+            pages[torch.from_numpy(right.pages).long()] = pages[torch.from_numpy(wrong.pages).long()]
+        right.tail = wrong.tail
         driver.run(cases)
         finish_audits(driver)
     assert_caught(world, cases, driver, {f"row-{victim}"})
@@ -92,7 +89,7 @@ def test_prefix_made_of_another_prompts_numbers_is_caught(
     cases = make_cases(world)
     compile_right = PrefixResidency.compile
 
-    def compile_wrong(self: PrefixResidency, ref: PromptRef, prompt: SoftPrompt) -> KeysValues | None:
+    def compile_wrong(self: PrefixResidency, ref: PromptRef, prompt: SoftPrompt) -> Prefix | None:
         wrong = world.prompts[twin].soft_prompt if ref == world.prompts[victim].ref else prompt
         return compile_right(self, ref, wrong)
 
@@ -101,36 +98,49 @@ def test_prefix_made_of_another_prompts_numbers_is_caught(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("which", ["keys", "values"])
-def test_overwritten_slot_is_caught(which: str, family: str, world_of: Callable[[str], World]) -> None:
+@pytest.mark.parametrize("which", ["key_pages", "value_pages"])
+def test_overwritten_pages_are_caught(which: str, family: str, world_of: Callable[[str], World]) -> None:
     world = world_of(family)
     cases = make_cases(world)
     with world.driver(audit_share=1.0) as driver:
         driver.make_resident()
         driver.submit(cases)
         driver.run_until(lambda: len(driver.results["row-cartridge"].token_ids) == 2)
-        slot = driver.row("row-cartridge").slot
-        assert slot is not None
-        for tensor in getattr(driver.engine._kv.slabs[slot.slab], which):
-            torch.nn.init.normal_(tensor[slot.index])
+        pages = driver.row("row-cartridge").pages
+        assert pages is not None
+        own = torch.from_numpy(pages.held).long()
+        for tensor in getattr(driver.engine._pool, which):
+            tensor[own] = torch.randn_like(tensor[own])
         driver.finish()
         finish_audits(driver)
     assert_caught(world, cases, driver, {"row-cartridge"})
 
 
-def test_attention_that_reads_the_neighbours_slot_is_caught(
+def test_attention_that_reads_the_neighbours_pages_is_caught(
     world_of: Callable[[str], World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = world_of("llama")
-    cases = [case for case in make_cases(world) if not (case.prompt or "").startswith("long")]
-    attend = attention._attend_grouped
+    cases = make_cases(world)
+    context = world.backbone._context
+    attend = context.kernel
 
     def attend_next(
-        grouped: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, layer: LayerAttention
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        batch: PagedBatch,
+        layer: LayerAttention,
     ) -> torch.Tensor:
-        return attend(grouped, key.roll(1, 0), value.roll(1, 0), mask, layer)
+        if batch.num_decoding == len(batch.lengths):
+            neighbours = dataclasses.replace(
+                batch, page_table=batch.page_table.roll(1, 0), lengths=batch.lengths.roll(1)
+            )
+            return attend(query, key, value, key_pages, value_pages, neighbours, layer)
+        return attend(query, key, value, key_pages, value_pages, batch, layer)
 
-    monkeypatch.setattr(attention, "_attend_grouped", attend_next)
+    monkeypatch.setattr(context, "kernel", attend_next)
     assert_caught(world, cases, run_audited(world, cases), {case.row_id for case in cases})
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from server.engine.pages import NO_CONTENT
 from server.engine.plan import IntArray, PlanEntry, StepPlan, build_plan
 from server.engine.row import Row
 from server.errors import IsolationError
@@ -32,47 +33,14 @@ def where(array: IntArray, value: int) -> int:
     return int((array == value).nonzero()[0][0])
 
 
-def swap_write(name: str) -> Break:
-    def apply(plan: StepPlan, a: int, b: int) -> None:
-        (write,) = (w for w in plan.writes if plan.first_tokens[a] in w.tokens)
-        places = [where(write.tokens, int(plan.first_tokens[entry])) for entry in (a, b)]
-        swap(getattr(write, name), *places)
-
-    return apply
-
-
-def swap_decode_read(name: str) -> Break:
-    def apply(plan: StepPlan, a: int, b: int) -> None:
-        (read,) = (r for r in plan.decode_reads if plan.first_tokens[a] in r.result_tokens)
-        places = [where(read.result_tokens, int(plan.first_tokens[entry])) for entry in (a, b)]
-        if name in ("query_tokens", "lengths"):
-            places = [int(read.result_slots[place]) for place in places]
-        # A read through views has no order to break: that it is one is checked for all its rows together.
-        read.is_dense = False
-        swap(getattr(read, name), *places)
-
-    return apply
-
-
-def swap_prefill_read(name: str) -> Break:
-    def apply(plan: StepPlan, a: int, b: int) -> None:
-        one, other = (r for r in plan.prefill_reads if r.first_token in plan.first_tokens[[a, b]])
-        first, second = getattr(one, name), getattr(other, name)
-        assert first != second, "the break would change nothing"
-        setattr(one, name, second)
-        setattr(other, name, first)
-
-    return apply
-
-
 def swap_tokens(name: str) -> Break:
     def apply(plan: StepPlan, a: int, b: int) -> None:
-        swap(getattr(plan, name), int(plan.first_tokens[a]), int(plan.first_tokens[b]))
+        swap(getattr(plan, name), int(plan.query_starts[a]), int(plan.query_starts[b]))
 
     return apply
 
 
-def swap_entries(name: str) -> Break:
+def swap_rows(name: str) -> Break:
     def apply(plan: StepPlan, a: int, b: int) -> None:
         swap(getattr(plan, name), a, b)
 
@@ -86,26 +54,42 @@ def swap_logits(name: str) -> Break:
     return apply
 
 
+def swap_page_tables(plan: StepPlan, a: int, b: int) -> None:
+    table = plan.page_table
+    assert (table[a] != table[b]).any(), "the break would change nothing"
+    table[[a, b]] = table[[b, a]]
+
+
+def swap_one_page(plan: StepPlan, a: int, b: int) -> None:
+    """The first pages alone: the ones that hold the prompts' last columns."""
+    table = plan.page_table
+    table[[a, b], 0] = table[[b, a], 0]
+
+
+def write_over_each_other(plan: StepPlan, a: int, b: int) -> None:
+    one, other = (slice(int(plan.query_starts[entry]), int(plan.query_starts[entry + 1])) for entry in (a, b))
+    both = [plan.write_slots[one].copy(), plan.write_slots[other].copy()]
+    assert len(both[0]) == len(both[1])
+    plan.write_slots[one], plan.write_slots[other] = both[1], both[0]
+
+
 DECODE_BREAKS: dict[str, Break] = {
-    "write slots": swap_write("slots"),
-    "write columns": swap_write("columns"),
-    "written tokens": swap_write("tokens"),
-    "asking tokens": swap_decode_read("query_tokens"),
-    "visible lengths": swap_decode_read("lengths"),
-    "answered slots": swap_decode_read("result_slots"),
-    "answered tokens": swap_decode_read("result_tokens"),
+    "write slots": swap_tokens("write_slots"),
+    "page tables": swap_page_tables,
+    "one page": swap_one_page,
+    "visible lengths": swap_rows("lengths"),
     "token ids": swap_tokens("token_ids"),
     "positions": swap_tokens("positions"),
-    "first tokens": swap_entries("first_tokens"),
     "logits' tokens": swap_logits("logits_tokens"),
     "logits' rows": swap_logits("logits_entries"),
 }
 PREFILL_BREAKS: dict[str, Break] = {
-    "write slots": swap_write("slots"),
-    "read slots": swap_prefill_read("slot"),
-    "first read tokens": swap_prefill_read("first_token"),
-    "start columns": swap_prefill_read("start_column"),
-    "first tokens": swap_entries("first_tokens"),
+    "write slots": write_over_each_other,
+    "page tables": swap_page_tables,
+    "one page": swap_one_page,
+    "visible lengths": swap_rows("lengths"),
+    "token ids": swap_tokens("token_ids"),
+    "positions": swap_tokens("positions"),
     "logits' tokens": swap_logits("logits_tokens"),
     "logits' rows": swap_logits("logits_entries"),
 }
@@ -122,11 +106,12 @@ class Saboteur:
 
     def __call__(self, entries: Sequence[PlanEntry]) -> tuple[StepPlan, list[int]]:
         plan, order = build_plan(entries)
-        slots = [self._driver.row(row_id).slot for row_id in VICTIMS if row_id in self._driver.engine._rows]
-        victims = [i for i, entry in enumerate(plan.entries) if entry.slot in slots]
+        rows = [self._driver.row(row_id) for row_id in VICTIMS if row_id in self._driver.engine._rows]
+        own = {int(row.pages.held[-1]) for row in rows if row.pages is not None}
+        victims = [i for i, entry in enumerate(plan.entries) if int(entry.pages[-1]) in own]
         wanted = [i for i in victims if (plan.entries[i].num_tokens > 1) == self._in_prefill]
         # Tokens that happen to be equal could be exchanged without harm: then the next step will do.
-        asked = {int(plan.token_ids[plan.first_tokens[i]]) for i in wanted}
+        asked = {int(plan.token_ids[plan.query_starts[i]]) for i in wanted}
         if self.tokens_before is None and len(wanted) == len(asked) == 2:
             self.tokens_before = {name: list(self._driver.results[name].token_ids) for name in VICTIMS}
             self._breaks(plan, *wanted)
@@ -178,7 +163,7 @@ def run_broken_plan(world: World, breaks: Break, monkeypatch: pytest.MonkeyPatch
     with world.driver() as driver:
         driver.make_resident()
         saboteur = Saboteur(driver, breaks, in_prefill=in_prefill)
-        monkeypatch.setattr("server.engine.engine.build_plan", saboteur)
+        monkeypatch.setattr("server.engine.step.build_plan", saboteur)
         driver.run(cases)
         assert saboteur.tokens_before == {name: driver.results[name].token_ids for name in VICTIMS}
         assert_only_victims_ended(world, driver, cases)
@@ -193,7 +178,7 @@ def exchange(name: str) -> Callable[[Row, Row], None]:
     return apply
 
 
-@pytest.mark.parametrize("attribute", ["prefix", "slot", "serial"])
+@pytest.mark.parametrize("attribute", ["prefix", "pages", "serial"])
 def test_rows_that_exchange_their_claims_end_without_a_token(attribute: str, world_of: Callable[[str], World]) -> None:
     world = world_of("llama")
     cases = make_cases(world)
@@ -208,44 +193,65 @@ def test_rows_that_exchange_their_claims_end_without_a_token(attribute: str, wor
 
 
 @pytest.mark.parametrize("owner", ["another row", "the same row again"])
-def test_row_whose_slot_was_given_away_ends_without_a_token(owner: str, world_of: Callable[[str], World]) -> None:
+def test_row_whose_page_was_given_away_ends_without_a_token(owner: str, world_of: Callable[[str], World]) -> None:
     world = world_of("llama")
     cases = make_cases(world)
     with running(world, cases) as driver:
-        row, ledger = driver.row("victim-a"), driver.engine._kv.ledger
-        slot, num_tokens = row.slot, len(row.token_ids)
-        assert slot is not None
-        ledger.free(slot)
-        taken = ledger.allocate(STRANGER if owner == "another row" else row.serial, slot.capacity)
+        row, ledger = driver.row("victim-a"), driver.engine._pool.ledger
+        assert row.pages is not None
+        page, num_tokens = row.pages.held[-1:].copy(), len(row.token_ids)
+        ledger.release(page, row.serial)
+        taken = ledger.allocate(STRANGER if owner == "another row" else row.serial, 1)
         assert taken is not None
-        assert (taken.slab, taken.index) == (slot.slab, slot.index)
+        assert taken.tolist() == page.tolist()
         driver.engine.run_once()
         assert len(row.token_ids) == num_tokens
-        assert ledger.holds(taken), "ending the row took the slot from its new owner"
-        ledger.free(taken)
+        if owner == "another row":
+            assert int(ledger.owner[page[0]]) == STRANGER, "ending the row took the page from its new owner"
+            ledger.release(taken, STRANGER)
         driver.finish()
         assert_only_victims_ended(world, driver, cases, num_victims=1)
 
 
-def test_row_whose_slot_holds_another_prefix_ends_without_a_token(world_of: Callable[[str], World]) -> None:
+def test_row_whose_page_begins_with_another_prefix_ends_without_a_token(world_of: Callable[[str], World]) -> None:
+    world = world_of("llama")
+    cases = make_cases(world)
+    # A page that holds text for others as well answers by its content, not by this stamp.
+    with running(world, cases, keeps_texts=False) as driver:
+        row, other = (driver.row(name) for name in VICTIMS)
+        num_tokens = len(row.token_ids)
+        assert row.pages is not None
+        assert other.prefix is not None
+        first_own = row.pages.num_prefix_pages
+        driver.engine._pool.ledger.tail_uid[row.pages.numbers[first_own]] = other.prefix.uid
+        driver.engine.run_once()
+        assert len(row.token_ids) == num_tokens
+        driver.finish()
+        assert_only_victims_ended(world, driver, cases, num_victims=1)
+
+
+def test_row_whose_shared_page_holds_another_text_ends_without_a_token(world_of: Callable[[str], World]) -> None:
+    """What is shared is checked by what it holds: a content id that the row works out from its own request."""
     world = world_of("llama")
     cases = make_cases(world)
     with running(world, cases) as driver:
-        row, other = (driver.row(name) for name in VICTIMS)
+        row, ledger = driver.row("victim-a"), driver.engine._pool.ledger
         num_tokens = len(row.token_ids)
-        assert row.slot is not None
-        assert other.prefix is not None
-        driver.engine._kv.ledger.stamp_prefix(row.slot, other.prefix.uid)
+        assert row.pages is not None
+        shared = row.pages.held[row.pages.contents[row.pages.num_prefix_pages :] != NO_CONTENT]
+        assert len(shared), "the row's text is offered to others once it is computed"
+        ledger.content[shared[0]] += 1
         driver.engine.run_once()
         assert len(row.token_ids) == num_tokens
+        ledger.content[shared[0]] -= 1
         driver.finish()
         assert_only_victims_ended(world, driver, cases, num_victims=1)
 
 
 @contextmanager
-def running(world: World, cases: list[Case]) -> Iterator[EngineDriver]:
+def running(world: World, cases: list[Case], **config: bool) -> Iterator[EngineDriver]:
     """A driver whose rows have all been admitted and given two tokens."""
-    with world.driver() as driver:
+    with world.driver(**config) as driver:
         driver.make_resident()
         driver.submit(cases)
         driver.run_until(lambda: all(len(driver.results[case.row_id].token_ids) >= 2 for case in cases))
@@ -258,7 +264,7 @@ def test_unbroken_plan_ends_nobody(world_of: Callable[[str], World], monkeypatch
     with world.driver() as driver:
         driver.make_resident()
         saboteur = Saboteur(driver, lambda plan, a, b: None, in_prefill=False)
-        monkeypatch.setattr("server.engine.engine.build_plan", saboteur)
+        monkeypatch.setattr("server.engine.step.build_plan", saboteur)
         results = driver.run(cases)
         assert saboteur.tokens_before is not None
         assert driver.count("isolation_violations_total") == 0

@@ -91,13 +91,13 @@ def test_broken_row_beside_experts_leaves_its_neighbours_right(family: str, worl
     assert world.differences(neighbours, results) == []
 
 
-def test_slot_of_a_broken_row_serves_the_next_row_as_if_new(world_of: Callable[[str], World]) -> None:
+def test_pages_of_a_broken_row_serves_the_next_row_as_if_new(world_of: Callable[[str], World]) -> None:
     world = with_broken(world_of("llama"), "prefix")
     rng = random.Random(5)
     row = world.case(rng, "row", "broken", 30)
     following = [world.case(rng, f"next-{i}", name, 11) for i, name in enumerate(("prefix", None, "cpt"))]
     kv_bytes = world.backbone.max_model_len * world.backbone.bytes_per_token
-    with world.driver(kv_cache_bytes=kv_bytes, max_rows=1, poison_freed_slots=False) as driver:
+    with world.driver(kv_cache_bytes=kv_bytes, max_rows=1, poison_freed_pages=False) as driver:
         assert isinstance(driver.run_alone(row).error, NumericalError)
         results = driver.run(following)
     assert world.differences(following, results) == []

@@ -1,4 +1,4 @@
-"""Rows join and leave between steps, prompts are evicted and come back, slots change hands: no output changes."""
+"""Rows join and leave between steps, prompts are evicted and come back, pages change hands: no output changes."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ FAMILIES = ("llama", "gpt2", "gemma2", "mixtral", "bloom")
 
 
 def one_long_row_of_memory(backbone: Backbone) -> int:
-    """The least that an engine accepts: one row of the whole context, or four of the smallest slots."""
+    """The least that an engine accepts: one row of the whole context."""
     return backbone.max_model_len * backbone.bytes_per_token
 
 
@@ -55,12 +55,13 @@ def test_evicted_and_reloaded_prompts_answer_as_before(family: str, world_of: Ca
     cases = [*world.cases(seed=6, max_tokens=4), *world.cases(seed=7, max_tokens=4)]
     with world.driver(
         max_rows=4,
-        prefix_cache_bytes=40 * world.backbone.bytes_per_token,
+        max_virtual_tokens=140,
+        prefix_cache_bytes=288 * world.backbone.bytes_per_token,
         host_prompt_bytes=1 << 12,
         max_waiting_rows=128,
     ) as driver:
         results = driver.run(cases)
-        assert driver.count("prompt_cache_evictions_total", tier="device") > len(world.prompts)
+        assert driver.count("prompt_cache_evictions_total", tier="device") > 4
         assert driver.count("prompt_cache_evictions_total", tier="host") > 0
         assert driver.num_loads > len(world.prompts)
         assert_nothing_is_left(driver)
@@ -68,15 +69,14 @@ def test_evicted_and_reloaded_prompts_answer_as_before(family: str, world_of: Ca
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_wait_for_memory_and_take_over_poisoned_slots_are_unchanged(
+def test_rows_that_wait_for_memory_and_take_over_poisoned_pages_are_unchanged(
     family: str, world_of: Callable[[str], World]
 ) -> None:
     world = world_of(family)
     cases = [*world.cases(seed=8, max_tokens=5), *world.cases(seed=9, max_tokens=5)]
     with world.driver(kv_cache_bytes=one_long_row_of_memory(world.backbone), max_waiting_rows=128) as driver:
         results = driver.run(cases)
-        ledger = driver.engine._kv.ledger
-        assert driver.most_rows <= ledger.budget_tokens // ledger.MIN_CAPACITY
+        assert driver.most_rows < len(cases), "memory was never short"
         assert_nothing_is_left(driver)
     assert world.differences(cases, results) == []
 

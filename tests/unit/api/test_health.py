@@ -32,6 +32,9 @@ def test_ready_server(server: LiveServer) -> None:
             "dtype": backbone.dtype_name,
             "device": backbone.device_name,
             "max_model_len": backbone.max_model_len,
+            "kernel": backbone.kernel,
+            "quantization": backbone.quantization,
+            "compiled": backbone.compiled_state,
         },
     }
 

@@ -35,7 +35,12 @@ class SteppedEngine:
         self.prompts = dict(prompts or {})
         self.outputs: dict[str, list[RowOutput]] = {}
         self.num_deliveries = 0
-        defaults: dict[str, Any] = {"audit_share": 0.0, "poison_freed_slots": True, "kv_cache_bytes": 8 << 20}
+        defaults: dict[str, Any] = {
+            "audit_share": 0.0,
+            "poison_freed_pages": True,
+            "kv_cache_bytes": 8 << 20,
+            "prefix_cache_bytes": 8 << 20,
+        }
         self.engine = Engine(backbone, EngineConfig(**(defaults | config)), self.metrics, self._load)
         self.engine._deliver = self.take
 

@@ -1,9 +1,9 @@
 """The packed attention function, compared with softmax attention spelled out in float64, one query at a time."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,22 +19,15 @@ from server.engine.attention import (
     attach_context,
     packed_attention,
 )
-from server.engine.kv import KvCache, LayerShape
+from server.engine.kernels.gather import gather_attention
+from server.engine.kv import KvPool, LayerShape, num_pages_for
+from server.engine.pages import PAGE_SIZE, PageNumbers
 from server.engine.plan import PlanEntry, StepPlan, build_plan
-from server.engine.slots import Slot, SlotLedger
 
 NUM_LAYERS = 2
-CAPACITY = 32
+NUM_PAGES = 96
 UNTOUCHED = 7.25
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_slots() -> Iterator[None]:
-    """Slots of two capacities with few columns, so that every column can be compared."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(SlotLedger, "MIN_CAPACITY", CAPACITY)
-    yield
-    patch.undo()
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -58,22 +51,21 @@ class Heads:
 
 @dataclass(frozen=True)
 class Segment:
-    """One row of a step: where it stands, how many tokens it computes, and how many slots before it stay unused."""
+    """One row of a step: where it stands, how many tokens it computes, how many pages before its own are not its."""
 
     start_column: int
     num_tokens: int = 1
-    skipped_slots: int = 0
-    is_long: bool = False
+    skipped_pages: int = 0
 
 
 @dataclass
 class Step:
-    """A step in the making: every row's keys and values of all layers, past ones already in its slot."""
+    """A step in the making: every row's keys and values of all layers, past ones already in its pages."""
 
     heads: Heads
     segments: list[Segment]
     seed: int = 0
-    slots: list[Slot] = field(init=False)
+    pages: list[PageNumbers] = field(init=False)
     keys: list[list[torch.Tensor]] = field(init=False)  # a row, a layer: [kv_heads, columns, key_dim]
     values: list[list[torch.Tensor]] = field(init=False)
     queries: list[list[torch.Tensor]] = field(init=False)  # a row, a layer: [heads, num_tokens, key_dim]
@@ -81,45 +73,41 @@ class Step:
     def __post_init__(self) -> None:
         heads = self.heads
         self.generator = torch.Generator().manual_seed(self.seed)
-        ledger = SlotLedger(max_tokens=2 * CAPACITY, budget_tokens=16384, slab_tokens=2048, max_slots_per_slab=64)
         shape = LayerShape(heads.kv_heads, heads.key_dim, heads.value_dim)
-        self.kv = KvCache(
-            [shape] * NUM_LAYERS, ledger, dtype=heads.dtype, device=torch.device("cpu"), poison_freed=True
+        self.pool = KvPool(
+            [shape] * NUM_LAYERS, row_pages=NUM_PAGES, prefix_pages=0, dtype=heads.dtype, device=CPU, poison_freed=True
         )
-        self.slots, unused = [], []
-        for segment in self.segments:
-            num_tokens = 2 * CAPACITY if segment.is_long else CAPACITY
-            unused += [self._allocate(num_tokens) for _ in range(segment.skipped_slots)]
-            self.slots.append(self._allocate(num_tokens))
-        for i, slot in enumerate(unused):
-            # Every other unused slot is another row's, full of its numbers; the rest are freed and full of NaN.
+        self.pages = []
+        unused: list[PageNumbers] = []
+        for serial, segment in enumerate(self.segments, start=1):
+            unused += [self._allocate(1000 + len(unused) + i, 1) for i in range(segment.skipped_pages)]
+            pages = self._allocate(serial, num_pages_for(segment.start_column + segment.num_tokens))
+            self.pages.append(pages[torch.randperm(len(pages), generator=self.generator).numpy()])
+        for i, skipped in enumerate(unused):
+            # Every other unused page is another row's, full of its numbers; the rest are freed and full of NaN.
             if i % 2:
-                self.kv.free(slot, slot.capacity)
+                self.pool.release(skipped, 1000 + i)
             else:
-                for tensor in self._tensors(slot):
-                    tensor.fill_(UNTOUCHED)
+                for tensor in (*self.pool.key_pages, *self.pool.value_pages):
+                    tensor[skipped] = UNTOUCHED
         self.keys = [self._random(heads.kv_heads, s, heads.key_dim) for s in self.segments]
         self.values = [self._random(heads.kv_heads, s, heads.value_dim) for s in self.segments]
         self.queries = [
             [t[:, segment.start_column :] for t in self._random(heads.kv_heads * heads.group, segment, heads.key_dim)]
             for segment in self.segments
         ]
-        for slot, segment, keys, values in zip(self.slots, self.segments, self.keys, self.values, strict=True):
+        for pages, segment, keys, values in zip(self.pages, self.segments, self.keys, self.values, strict=True):
             for layer in range(NUM_LAYERS):
-                slab, past = self.kv.slabs[slot.slab], slice(segment.start_column)
-                slab.keys[layer][slot.index, :, past] = keys[layer][:, past]
-                slab.values[layer][slot.index, :, past] = values[layer][:, past]
+                for column in range(segment.start_column):
+                    page, offset = int(pages[column // PAGE_SIZE]), column % PAGE_SIZE
+                    self.pool.key_pages[layer][page, :, offset] = keys[layer][:, column]
+                    self.pool.value_pages[layer][page, :, offset] = values[layer][:, column]
         self.sinks = torch.randn(heads.kv_heads * heads.group, generator=self.generator) if heads.has_sinks else None
 
-    def _allocate(self, num_tokens: int) -> Slot:
-        self._owner = getattr(self, "_owner", 0) + 1
-        slot = self.kv.allocate(self._owner, num_tokens)
-        assert slot is not None
-        return slot
-
-    def _tensors(self, slot: Slot) -> list[torch.Tensor]:
-        slab = self.kv.slabs[slot.slab]
-        return [tensor[slot.index] for tensor in (*slab.keys, *slab.values)]
+    def _allocate(self, owner: int, count: int) -> PageNumbers:
+        pages = self.pool.allocate(owner, count)
+        assert pages is not None
+        return pages
 
     def _random(self, heads: int, segment: Segment, dim: int) -> list[torch.Tensor]:
         shape = (heads, segment.start_column + segment.num_tokens, dim)
@@ -128,8 +116,8 @@ class Step:
     def plan(self) -> tuple[StepPlan, list[int]]:
         return build_plan(
             [
-                PlanEntry(slot, segment.start_column, [0] * segment.num_tokens, segment.num_tokens)
-                for slot, segment in zip(self.slots, self.segments, strict=True)
+                PlanEntry(pages, segment.start_column, [0] * segment.num_tokens, segment.num_tokens)
+                for pages, segment in zip(self.pages, self.segments, strict=True)
             ]
         )
 
@@ -137,7 +125,12 @@ class Step:
         """Answers a layer, a row: `[num_tokens, heads, value_dim]`."""
         plan, order = self.plan()
         modules = [torch.nn.Identity() for _ in range(NUM_LAYERS)]
-        context = StepContext(kv=self.kv, plan=plan, layer_of={id(m): i for i, m in enumerate(modules)})
+        context = StepContext(
+            gather_attention,
+            pool=self.pool,
+            batch=plan.batch(CPU),
+            layer_of={id(module): layer for layer, module in enumerate(modules)},
+        )
         found = []
         for layer, module in enumerate(modules):
             attach_context(module, context)
@@ -152,7 +145,7 @@ class Step:
             )  # fmt: skip
             assert weights is None
             assert answers.shape == (1, plan.num_tokens, query.shape[1], value.shape[3])
-            parts = dict(zip(order, torch.split(answers[0], plan.counts.tolist()), strict=True))
+            parts = dict(zip(order, torch.split(answers[0], np.diff(plan.query_starts).tolist()), strict=True))
             found.append([parts[row] for row in range(len(self.segments))])
         assert context.num_calls == NUM_LAYERS
         return found
@@ -214,10 +207,9 @@ heads = st.builds(
 )
 segments = st.builds(
     Segment,
-    start_column=st.integers(0, 20),
-    num_tokens=st.sampled_from([1, 1, 1, 2, 5, 9]),
-    skipped_slots=st.sampled_from([0, 0, 1, 2, 6]),
-    is_long=st.booleans(),
+    start_column=st.one_of(st.integers(0, 40), st.sampled_from([15, 16, 31, 32])),
+    num_tokens=st.sampled_from([1, 1, 1, 2, 5, 9, 18]),
+    skipped_pages=st.sampled_from([0, 0, 1, 2, 6]),
 )
 
 
@@ -246,8 +238,8 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_step_in_both_precisions(name: str, dtype: torch.dtype) -> None:
     segments = [
-        Segment(9), Segment(17), Segment(0), Segment(3, skipped_slots=2), Segment(12, skipped_slots=6),
-        Segment(30, is_long=True), Segment(0, num_tokens=7), Segment(8, num_tokens=5), Segment(30, 20, is_long=True),
+        Segment(9), Segment(17), Segment(0), Segment(3, skipped_pages=2), Segment(15, skipped_pages=6),
+        Segment(30), Segment(0, num_tokens=7), Segment(8, num_tokens=9), Segment(30, num_tokens=20), Segment(32),
     ]  # fmt: skip
     step = Step(Heads(**(SHAPES[name].__dict__ | {"dtype": dtype})), segments)
 
@@ -255,26 +247,24 @@ def test_mixed_step_in_both_precisions(name: str, dtype: torch.dtype) -> None:
 
 
 def test_step_writes_its_own_columns_and_no_others() -> None:
-    step = Step(Heads(), [Segment(5), Segment(4, num_tokens=3, skipped_slots=3), Segment(2, skipped_slots=2)])
-    before = {slab_id: [t.clone() for t in (*slab.keys, *slab.values)] for slab_id, slab in step.kv.slabs.items()}
+    step = Step(Heads(), [Segment(5), Segment(14, num_tokens=5, skipped_pages=3), Segment(16, skipped_pages=2)])
+    expected = [tensor.clone() for tensor in (*step.pool.key_pages, *step.pool.value_pages)]
     step.run()
 
-    for row, (slot, segment) in enumerate(zip(step.slots, step.segments, strict=True)):
-        columns = slice(segment.start_column, segment.start_column + segment.num_tokens)
-        expected = [*step.keys[row], *step.values[row]]
-        for was, new in zip(before[slot.slab], expected, strict=True):
-            was[slot.index, :, columns] = new[:, columns]
-    for slab_id, slab in step.kv.slabs.items():
-        for found, wanted in zip((*slab.keys, *slab.values), before[slab_id], strict=True):
-            assert torch.equal(found.nan_to_num(nan=-1.0), wanted.nan_to_num(nan=-1.0))
+    for row, (pages, segment) in enumerate(zip(step.pages, step.segments, strict=True)):
+        for was, new in zip(expected, [*step.keys[row], *step.values[row]], strict=True):
+            for column in range(segment.start_column, segment.start_column + segment.num_tokens):
+                was[int(pages[column // PAGE_SIZE]), :, column % PAGE_SIZE] = new[:, column]
+    for found, wanted in zip((*step.pool.key_pages, *step.pool.value_pages), expected, strict=True):
+        assert torch.equal(found.nan_to_num(nan=-1.0), wanted.nan_to_num(nan=-1.0))
 
 
 def test_prompt_in_chunks_gives_what_the_whole_gives() -> None:
-    whole = Step(Heads(windows=(4, None)), [Segment(0, num_tokens=12)])
+    whole = Step(Heads(windows=(4, None)), [Segment(0, num_tokens=36)])
     expected = whole.run()
-    for cuts in [(5, 12), (1, 2, 12), (6, 7, 8, 12)]:
+    for cuts in [(5, 36), (1, 2, 36), (15, 16, 17, 36), (16, 32, 36)]:
         start, parts = 0, []
-        chunked = Step(Heads(windows=(4, None)), [Segment(0, num_tokens=12)])
+        chunked = Step(Heads(windows=(4, None)), [Segment(0, num_tokens=36)])
         for end in cuts:
             chunked.segments = [Segment(start, num_tokens=end - start)]
             chunked.keys = [[t[:, :end] for t in whole.keys[0]]]
@@ -287,7 +277,7 @@ def test_prompt_in_chunks_gives_what_the_whole_gives() -> None:
 
 
 def test_contents_of_neighbours_do_not_move_an_answer_by_a_bit() -> None:
-    first = Step(Heads(), [Segment(9), Segment(14), Segment(3, num_tokens=4), Segment(6)])
+    first = Step(Heads(), [Segment(9), Segment(34), Segment(13, num_tokens=4), Segment(16)])
     other = Step(Heads(), first.segments)
     for row in (1, 2):
         for tensors in (other.keys[row], other.values[row], other.queries[row]):
@@ -319,20 +309,59 @@ def call(context: StepContext, **kwargs: Any) -> torch.Tensor:
 )
 def test_argument_that_would_change_the_result_is_refused_by_name(kwargs: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedAttentionError, match=named):
-        call(StepContext(probe=[]), **kwargs)
+        call(StepContext(gather_attention, probe=[]), **kwargs)
 
 
 def test_arguments_without_meaning_here_are_let_through() -> None:
-    call(StepContext(probe=[]), position_bias=None, is_causal=True, output_attentions=False, sliding_window=None)
+    call(
+        StepContext(gather_attention, probe=[]),
+        position_bias=None,
+        is_causal=True,
+        output_attentions=False,
+        sliding_window=None,
+    )
+
+
+def test_layer_reaches_the_kernel_with_its_own_pages_and_its_way_of_attending() -> None:
+    given: list[tuple[Any, ...]] = []
+
+    def kernel(*arguments: Any) -> torch.Tensor:
+        given.append(arguments)
+        return gather_attention(*arguments)
+
+    step = Step(Heads(), [Segment(3)])
+    plan, _ = step.plan()
+    module = torch.nn.Identity()
+    context = StepContext(kernel, pool=step.pool, batch=plan.batch(CPU), layer_of={id(module): 1})
+    attach_context(module, context)
+    query, key, value = (torch.cat(rows[0][1:], dim=1)[:, -1:] for rows in (step.queries, step.keys, step.values))
+    sinks = torch.zeros(4)
+    packed_attention(
+        module, query[None], key[None], value[None], None, scaling=0.3, sliding_window=4, softcap=2.0, s_aux=sinks
+    )
+    ((q, k, v, key_pages, value_pages, batch, layer),) = given
+    assert (q.shape, k.shape, v.shape) == ((1, 4, 8), (1, 2, 8), (1, 2, 8))
+    assert key_pages is step.pool.key_pages[1]
+    assert value_pages is step.pool.value_pages[1]
+    assert batch is context.batch
+    assert (layer.scaling, layer.sliding_window, layer.softcap) == (0.3, 4, 2.0)
+    assert layer.sinks is sinks
+
+
+def test_layers_with_a_window_are_counted_while_the_model_is_probed() -> None:
+    context = StepContext(gather_attention, probe=[])
+    call(context, sliding_window=3)
+    call(context)
+    assert context.num_windowed == 1
 
 
 def test_forward_pass_without_a_plan_is_refused() -> None:
     with pytest.raises(RuntimeError, match="without a plan"):
-        call(StepContext())
+        call(StepContext(gather_attention))
 
 
 def test_probe_records_shapes_and_order_and_answers_causally() -> None:
-    context = StepContext(probe=[])
+    context = StepContext(gather_attention, probe=[])
     modules = [torch.nn.Identity(), torch.nn.Identity()]
     generator = torch.Generator().manual_seed(0)
     for number, module in enumerate(modules):
@@ -351,7 +380,7 @@ def test_probe_records_shapes_and_order_and_answers_causally() -> None:
 def test_context_reaches_every_module_without_becoming_part_of_the_model() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2)))
     names = set(model.state_dict())
-    context = StepContext()
+    context = StepContext(gather_attention)
     attach_context(model, context)
 
     assert all(getattr(module, CONTEXT_ATTRIBUTE) is context for module in model.modules())

@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers import T5ForConditionalGeneration as T5Model
 
 from server.engine.attention import ATTENTION_NAME, StepContext, packed_attention
-from server.engine.backbone import Backbone, BackboneError
+from server.engine.backbone import Backbone
+from server.engine.checkpoint import BackboneError
 from tests.factories import CONTEXT_LENGTH, HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, load_model, make_tokenizer
 
 FolderOf = Callable[[str], Path]

@@ -159,7 +159,7 @@ def test_draining_engine_takes_no_rows_and_finishes_those_it_has(llama: Backbone
 
 def test_memory_that_holds_no_row_is_refused_at_the_start(llama: Backbone) -> None:
     too_little = llama.max_model_len * llama.bytes_per_token - 1
-    with pytest.raises(ValueError, match="fewer than one row"):
+    with pytest.raises(ValueError, match="of one row of max_model_len"):
         SteppedEngine(llama, kv_cache_bytes=too_little)
 
 
@@ -216,9 +216,9 @@ def take_anothers_prefix(stepped: SteppedEngine, row_id: str, other_id: str) -> 
     rows[row_id].prefix, rows[other_id].prefix = rows[other_id].prefix, rows[row_id].prefix
 
 
-def take_anothers_slot(stepped: SteppedEngine, row_id: str, other_id: str) -> None:
+def take_anothers_pages(stepped: SteppedEngine, row_id: str, other_id: str) -> None:
     rows = stepped.engine._rows
-    rows[row_id].slot, rows[other_id].slot = rows[other_id].slot, rows[row_id].slot
+    rows[row_id].pages, rows[other_id].pages = rows[other_id].pages, rows[row_id].pages
 
 
 def be_given_anothers_prefix_at_admission(stepped: SteppedEngine, row_id: str, other_id: str) -> None:
@@ -226,13 +226,14 @@ def be_given_anothers_prefix_at_admission(stepped: SteppedEngine, row_id: str, o
     take_anothers_prefix(stepped, row_id, other_id)
     for name in (row_id, other_id):
         row = stepped.engine._rows[name]
-        assert row.slot is not None
+        assert row.pages is not None
         assert row.prefix is not None
-        stepped.engine._kv.copy_in(row.slot, row.prefix.tensors, row.prefix.uid)
+        assert row.prefix.tail is not None
+        stepped.engine._pool.write_tail(int(row.pages.numbers[0]), row.prefix.tail, row.serial, row.prefix.uid)
 
 
-@pytest.mark.parametrize("damage", [take_anothers_prefix, take_anothers_slot, be_given_anothers_prefix_at_admission])
-def test_rows_whose_prefixes_or_slots_are_exchanged_end_with_an_error_and_no_token(
+@pytest.mark.parametrize("damage", [take_anothers_prefix, take_anothers_pages, be_given_anothers_prefix_at_admission])
+def test_rows_whose_prefixes_or_pages_are_exchanged_end_with_an_error_and_no_token(
     llama: Backbone, damage: Callable[[SteppedEngine, str, str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     refs = [make_ref(key) for key in "ab"]
@@ -257,9 +258,14 @@ def test_rows_whose_prefixes_or_slots_are_exchanged_end_with_an_error_and_no_tok
 # --- prompts come and go --------------------------------------------------------------------------------------------
 
 
+def room_for_two(backbone: Backbone) -> dict[str, int]:
+    """Two prompts of a page each, one of which may be pinned."""
+    return {"max_virtual_tokens": 16, "prefix_cache_bytes": 2 * 16 * backbone.bytes_per_token}
+
+
 def test_pinned_prompts_come_without_a_row_and_stay_when_others_are_evicted(llama: Backbone) -> None:
-    refs = [make_ref(key) for key in "abcd"]
-    stepped = with_prompts(llama, *refs, prefix_cache_bytes=4 * llama.bytes_per_token)
+    refs = [make_ref(key, k=16) for key in "abcd"]
+    stepped = with_prompts(llama, *refs, **room_for_two(llama))
     stepped.engine.pin(refs[:1])
     stepped.turn()
     stepped.turn()
@@ -267,16 +273,16 @@ def test_pinned_prompts_come_without_a_row_and_stay_when_others_are_evicted(llam
     for ref in refs[1:]:
         stepped.run(make_request(ref.prefix_key, prompt=ref))
     assert stepped.engine.residency(refs[0].prefix_key) == "device"
-    assert stepped.engine.residency(refs[1].prefix_key) == "host"
-    assert stepped.engine.status().prompts_resident == 1
+    assert stepped.engine.residency(refs[2].prefix_key) == "host"
+    assert stepped.engine.status().prompts_resident == 2
     assert stepped.count("prompt_cache_misses_total", tier="device") == 3, "a pin is no row's miss"
 
 
 def test_pinned_prompt_comes_back_from_the_host(llama: Backbone) -> None:
-    one, other = make_ref("a"), make_ref("b")
-    stepped = with_prompts(llama, one, other, prefix_cache_bytes=4 * llama.bytes_per_token)
-    stepped.run(make_request("one", prompt=one))
-    stepped.run(make_request("other", prompt=other))
+    one, *others = (make_ref(key, k=16) for key in "abc")
+    stepped = with_prompts(llama, one, *others, **room_for_two(llama))
+    for ref in (one, *others):
+        stepped.run(make_request(ref.prefix_key, prompt=ref))
     assert stepped.engine.residency(one.prefix_key) == "host"
     stepped.engine.pin([one])
     stepped.turn()
@@ -316,9 +322,9 @@ def test_status_and_metrics_count_what_there_is(llama: Backbone) -> None:
     assert stepped.engine.status().num_waiting == 3
     stepped.turn()
     status = stepped.engine.status()
-    ledger = stepped.engine._kv.ledger
+    num_pages = (8 << 20) // (16 * llama.bytes_per_token)
     assert (status.num_running, status.num_waiting) == (2, 1)
-    assert status.kv_usage_ratio == 2 * 128 / ledger.budget_tokens
+    assert status.kv_usage_ratio == 2 / num_pages
     assert 0.0 <= status.heartbeat_age_s < WAIT_S
     stepped.finish()
     assert stepped.is_idle()

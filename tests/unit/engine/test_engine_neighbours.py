@@ -51,10 +51,10 @@ def test_row_whose_memory_goes_bad_ends_and_its_neighbours_are_the_same_to_the_b
             make_request("right", (5, 6), ref, max_tokens=6, logprobs=3),
         )
         stepped.turns_until(lambda: len(stepped.outputs["sick"]) == 2)
-        slot = stepped.engine._rows["sick"].slot
-        assert slot is not None
+        pages = stepped.engine._rows["sick"].pages
+        assert pages is not None
         if is_bad:
-            stepped.engine._kv.slabs[slot.slab].values[1][slot.index, :, 1] = bad
+            stepped.engine._pool.value_pages[1][int(pages.numbers[0]), :, 1] = bad
         stepped.finish()
         return stepped
 

@@ -26,12 +26,12 @@ MAX_TOKENS = 5
 VERSIONS: dict[str, list[PromptRef]] = {
     "short": [make_ref(f"short-{v}", k=3, task="short", version=v) for v in (1, 2, 3)],
     "prefix": [make_ref(f"prefix-{v}", k=3, kind="prefix", task="prefix", version=v) for v in (1, 2)],
-    # Longer than the smallest slot: rows of two capacities share a step.
+    # Several shared pages and a tail.
     "long": [make_ref("long-1", k=140, task="long")],
 }
 """Tasks and their versions. Versions 1 and 2 of `short` and both of `prefix` have one k: confusion fits everywhere."""
 
-TEXTS = ((5,), (9, 8, 7, 6), tuple(range(20, 51)))
+TEXTS = ((5,), (9, 8, 7, 6), tuple(range(20, 51)), tuple(range(20, 110)))
 
 
 class EngineLife(RuleBasedStateMachine):
@@ -42,11 +42,21 @@ class EngineLife(RuleBasedStateMachine):
 
     @initialize(
         rows_of_room=st.integers(1, 3),
-        prefix_tokens=st.sampled_from([0, 4, 150, 1000]),
+        prefix_tokens=st.sampled_from([18 * 16, 400, 1000]),
+        keeps_texts=st.booleans(),
+        is_deterministic=st.booleans(),
         max_rows=st.integers(1, 5),
         chunk=st.integers(3, 40),
     )
-    def start(self, rows_of_room: int, prefix_tokens: int, max_rows: int, chunk: int) -> None:
+    def start(
+        self,
+        rows_of_room: int,
+        prefix_tokens: int,
+        keeps_texts: bool,
+        is_deterministic: bool,
+        max_rows: int,
+        chunk: int,
+    ) -> None:
         per_token = self.backbone.bytes_per_token
         self.stepped = SteppedEngine(
             self.backbone,
@@ -56,9 +66,12 @@ class EngineLife(RuleBasedStateMachine):
             },
             kv_cache_bytes=rows_of_room * self.backbone.max_model_len * per_token,
             prefix_cache_bytes=prefix_tokens * per_token,
+            max_virtual_tokens=144,
             host_prompt_bytes=2000,
+            keeps_texts=keeps_texts,
+            is_deterministic=is_deterministic,
             max_rows=max_rows,
-            max_step_tokens=max_rows + 20,
+            max_step_tokens=max(max_rows + 20, chunk),
             prefill_chunk=chunk,
             max_waiting_rows=1000,
         )

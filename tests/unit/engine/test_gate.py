@@ -1,6 +1,7 @@
 """The gate at load: what is sound passes, and each way of being wrong is turned away with its own reason."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from server.engine.attention import ATTENTION_NAME, CONTEXT_ATTRIBUTE, StepContext, attach_context, packed_attention
 from server.engine.forward import DenseForward, Forward, PackedForward
 from server.engine.gate import TOLERANCE, GateResult, check_forward, gate_references, gate_rows
-from server.engine.kv import KvCache
+from server.engine.kernels.gather import gather_attention
+from server.engine.kv import KvPool
+from server.engine.pages import PAGE_SIZE
 from server.engine.plan import StepPlan
 from tests.factories import VOCAB_SIZE, load_model
 
@@ -47,26 +50,42 @@ def little_leak(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, N
     return answers + 3e-4 * answers.mean(dim=1, keepdim=True), None
 
 
-def slots_swapped(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def keys_swapped(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return packed_attention(module, query, key.roll(1, dims=2), *args, **kwargs)
 
 
-def history_forgotten(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def history_forgotten(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """What was computed in earlier steps is lost, in every layer."""
     context = context_of(module)
-    if context.plan is not None and context.kv is not None:
-        for entry in context.plan.entries:
-            keys = context.kv.slabs[entry.slot.slab].keys[layer_index(module)]
-            keys[entry.slot.index, :, : entry.start_column] = 0.0
+    if context.batch is not None and context.pool is not None:
+        keys, batch = context.pool.key_pages[layer_index(module)], context.batch
+        counts = batch.query_starts.diff()
+        for row, past in enumerate((batch.lengths - counts).tolist()):
+            for column in range(past):
+                keys[int(batch.page_table[row, column // PAGE_SIZE]), :, column % PAGE_SIZE] = 0.0
+    return packed_attention(module, query, *args, **kwargs)
+
+
+def second_page_missed(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Every row's second page is read from its first."""
+    context = context_of(module)
+    if context.batch is not None and context.batch.page_table.shape[1] > 1:
+        table = context.batch.page_table.clone()
+        table[:, 1] = table[:, 0]
+        context.batch = replace(context.batch, page_table=table)
     return packed_attention(module, *args, **kwargs)
 
 
-def future_seen(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def future_seen(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Each token sees one column too many where its row has one."""
+    answers, _ = packed_attention(module, query, *args, **kwargs)
     context = context_of(module)
-    if context.plan is not None:
-        for index, read in enumerate(context.plan.prefill_reads):
-            end = read.start_column + read.num_tokens
-            context.plan.masks["prefill", index, None] = torch.zeros(read.num_tokens, end)
-    return packed_attention(module, *args, **kwargs)
+    if context.batch is not None:
+        ends = context.batch.query_starts[1:] - 1
+        later = packed_attention(module, query.roll(1, dims=2), *args, **kwargs)[0].roll(-1, dims=1)
+        later[:, ends.long()] = answers[:, ends.long()]
+        answers = later
+    return answers, None
 
 
 def not_a_number(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -76,7 +95,7 @@ def not_a_number(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, 
 
 
 def crash(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    if context_of(module).plan is not None:
+    if context_of(module).batch is not None:
         raise ValueError("out of paper")
     return packed_attention(module, *args, **kwargs)
 
@@ -89,7 +108,7 @@ def sabotage() -> Iterator[Callable[[Sabotage], None]]:
 
 
 def make_packed(model: PreTrainedModel) -> PackedForward:
-    context = StepContext()
+    context = StepContext(gather_attention)
     attach_context(model, context)
     model.set_attn_implementation(ATTENTION_NAME)
     return PackedForward(model, context)
@@ -123,9 +142,10 @@ def test_sound_dense_model_passes(tiny_backbone_folder: Callable[[str], Path], f
         (wrong_scale, "packed rows differ from rows alone"),
         (skipped_layer, "packed rows differ from rows alone"),
         (neighbours_leak, "packed rows differ from rows alone"),
-        (slots_swapped, "packed rows differ from rows alone"),
+        (keys_swapped, "packed rows differ from rows alone"),
         (future_seen, "packed rows differ from rows alone"),
         (not_a_number, "packed rows differ from rows alone by inf"),
+        (second_page_missed, "packed rows differ from rows alone"),
         (history_forgotten, "a row in chunks differs from the whole"),
         (little_leak, "when its neighbour changes"),
         (crash, "ValueError: out of paper"),
@@ -147,23 +167,22 @@ def test_sabotaged_attention_is_turned_away(
         assert result.error > TOLERANCE[torch.float32]
 
 
-class WrongSlot:
-    """A dense pass that writes what it computed to the neighbour's slot."""
+class WrongPage:
+    """A dense pass that writes what it computed to the neighbour's page."""
 
     def __init__(self, forward: Forward) -> None:
         self.layers = forward.layers
         self._forward = forward
 
-    def run(self, kv: KvCache, plan: StepPlan) -> torch.Tensor:
-        logits = self._forward.run(kv, plan)
-        for slab in kv.slabs.values():
-            for tensor in (*slab.keys, *slab.values):
-                tensor[:2] = tensor[:2].flip(0)
+    def run(self, pool: KvPool, plan: StepPlan) -> torch.Tensor:
+        logits = self._forward.run(pool, plan)
+        for tensor in (*pool.key_pages, *pool.value_pages):
+            tensor[:] = tensor.flip(0)
         return logits
 
 
-def test_pass_that_writes_to_the_wrong_slot_is_turned_away(tiny_backbone_folder: Callable[[str], Path]) -> None:
-    result = run_gate(tiny_backbone_folder("gptj"), lambda model: WrongSlot(DenseForward(model)))
+def test_pass_that_writes_to_the_wrong_page_is_turned_away(tiny_backbone_folder: Callable[[str], Path]) -> None:
+    result = run_gate(tiny_backbone_folder("gptj"), lambda model: WrongPage(DenseForward(model)))
 
     assert result.reason is not None
     assert "a row in chunks differs from the whole" in result.reason

@@ -2,85 +2,56 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 
-from server.engine.plan import MAX_HOLE, DecodeRead, PlanEntry, StepPlan, build_plan
-from server.engine.slots import Slot
+from server.engine.pages import PAGE_SIZE
+from server.engine.plan import NO_PAGE, PlanEntry, StepPlan, build_plan
 from tests.unit.engine.batches import Batch, batches
 
 quickly = settings(max_examples=40, deadline=None)
 
-Place = tuple[int, int, int]
-"""Slab, slot, column."""
+Place = tuple[int, int]
+"""Page and offset."""
 
 
-def entry(
-    index: int, *, slab: int = 1, start: int = 5, tokens: tuple[int, ...] = (9,), logits_from: int = 0, owner: int = 0
-) -> PlanEntry:
-    serial = owner or 100 * slab + index + 1
-    return PlanEntry(Slot(slab, index, 128, serial, serial), start, tokens, logits_from)
+def entry(*pages: int, start: int = 5, tokens: tuple[int, ...] = (9,), logits_from: int = 0) -> PlanEntry:
+    return PlanEntry(np.array(pages, dtype=np.int32), start, tokens, logits_from)
 
 
-def meant(batch: Batch) -> Counter[tuple[int, Place, tuple[Place, ...], bool]]:
-    """What the rows want, a token: its id, where it is written, what it sees, whether its logits are wanted."""
-    wanted: Counter[tuple[int, Place, tuple[Place, ...], bool]] = Counter()
+def meant(batch: Batch) -> Counter[tuple[int, int, Place, tuple[Place, ...], bool]]:
+    """What the rows want, a token: its id and position, where it is written, what it sees, whether it needs logits."""
+    wanted: Counter[tuple[int, int, Place, tuple[Place, ...], bool]] = Counter()
     for row in batch.claims:
         for i, token_id in enumerate(row.token_ids):
             column = row.start_column + i
-            places = tuple((row.slot.slab, row.slot.index, c) for c in range(column + 1))
-            wanted[token_id, places[-1], places, i >= row.num_tokens - row.num_logits] += 1
+            places = tuple((int(row.pages[c // PAGE_SIZE]), c % PAGE_SIZE) for c in range(column + 1))
+            wanted[token_id, column, places[-1], places, i >= row.num_tokens - row.num_logits] += 1
     return wanted
 
 
-def written_places(plan: StepPlan) -> dict[int, Place]:
-    places: dict[int, Place] = {}
-    for write in plan.writes:
-        for token, slot, column in zip(
-            write.tokens.tolist(), write.slots.tolist(), write.columns.tolist(), strict=True
-        ):
-            assert token not in places, "a token is written twice"
-            places[token] = (write.slab, slot, column)
-    return places
-
-
-def seen_places(plan: StepPlan) -> dict[int, tuple[Place, ...]]:
-    """What each token's answer is made of, by the definitions in the plan's docstrings."""
-    seen: dict[int, tuple[Place, ...]] = {}
-    for read in plan.decode_reads:
-        for slot, token in zip(read.result_slots.tolist(), read.result_tokens.tolist(), strict=True):
-            assert token not in seen, "a token is answered twice"
-            assert int(read.query_tokens[slot]) == token, "another token's question is answered"
-            seen[token] = tuple((read.slab, read.first_slot + slot, c) for c in range(int(read.lengths[slot])))
-    for prefill in plan.prefill_reads:
-        for i in range(prefill.num_tokens):
-            assert prefill.first_token + i not in seen, "a token is answered twice"
-            columns = range(prefill.start_column + i + 1)
-            seen[prefill.first_token + i] = tuple((prefill.slab, prefill.slot, c) for c in columns)
-    return seen
+def made(plan: StepPlan) -> Counter[tuple[int, int, Place, tuple[Place, ...], bool]]:
+    """The same, read from the arrays alone, by the definitions in `PagedBatch`."""
+    found: Counter[tuple[int, int, Place, tuple[Place, ...], bool]] = Counter()
+    with_logits = set(plan.logits_tokens.tolist())
+    for row, length in enumerate(plan.lengths.tolist()):
+        first, end = plan.query_starts[row : row + 2].tolist()
+        for token in range(first, end):
+            last = length - (end - first) + (token - first)
+            places = tuple((int(plan.page_table[row, c // PAGE_SIZE]), c % PAGE_SIZE) for c in range(last + 1))
+            written = divmod(int(plan.write_slots[token]), PAGE_SIZE)
+            token_id, position = int(plan.token_ids[token]), int(plan.positions[token])
+            found[token_id, position, written, places, token in with_logits] += 1
+    return found
 
 
 @quickly
 @given(batches())
 def test_every_token_reads_and_writes_what_its_row_meant(batch: Batch) -> None:
-    plan = batch.plan
-    written, seen = written_places(plan), seen_places(plan)
-    with_logits = set(plan.logits_tokens.tolist())
-    made = Counter(
-        (int(plan.token_ids[token]), written[token], seen[token], token in with_logits)
-        for token in range(plan.num_tokens)
-    )
-    assert made == meant(batch)
-
-
-@quickly
-@given(batches())
-def test_position_of_a_token_is_its_column(batch: Batch) -> None:
-    written = written_places(batch.plan)
-    assert batch.plan.positions.tolist() == [written[token][2] for token in range(batch.plan.num_tokens)]
+    assert made(batch.plan) == meant(batch)
 
 
 @quickly
@@ -88,14 +59,13 @@ def test_position_of_a_token_is_its_column(batch: Batch) -> None:
 def test_entries_follow_each_other_without_gaps_and_logits_name_their_entry(batch: Batch) -> None:
     plan = batch.plan
     owner: list[int] = []
-    for number, (packed, first, count) in enumerate(
-        zip(plan.entries, plan.first_tokens.tolist(), plan.counts.tolist(), strict=True)
-    ):
-        assert first == len(owner)
-        assert count == packed.num_tokens
-        assert plan.token_ids[first : first + count].tolist() == list(packed.token_ids)
-        owner += [number] * count
-    assert len(owner) == plan.num_tokens
+    starts = plan.query_starts.tolist()
+    for number, packed in enumerate(plan.entries):
+        assert starts[number] == len(owner)
+        assert plan.token_ids[starts[number] : starts[number + 1]].tolist() == list(packed.token_ids)
+        assert int(plan.lengths[number]) == packed.length
+        owner += [number] * packed.num_tokens
+    assert starts[-1] == len(owner) == plan.num_tokens
     assert plan.logits_entries.tolist() == [owner[token] for token in plan.logits_tokens.tolist()]
     assert sorted(plan.logits_tokens.tolist()) == plan.logits_tokens.tolist()
 
@@ -110,39 +80,46 @@ def test_order_maps_packed_entries_to_those_given(batch: Batch) -> None:
 
 @quickly
 @given(batches())
-def test_decode_reads_span_no_wide_hole_and_are_dense_exactly_without_holes(batch: Batch) -> None:
-    for read in batch.plan.decode_reads:
-        used = read.result_slots.tolist()
-        assert used[0] == 0
-        assert used[-1] == read.num_slots - 1
-        assert all(later - earlier <= MAX_HOLE + 1 for earlier, later in pairwise(used))
-        assert read.is_dense == (used == list(range(read.num_slots)))
-        assert read.result_tokens.tolist() == list(range(read.result_tokens[0], read.result_tokens[0] + len(used)))
-        # An unused slot inside the run asks some token of the batch and sees at least one column, else NaN comes out.
-        assert int(read.lengths.min()) >= 1
-        assert 0 <= int(read.query_tokens.min()) <= int(read.query_tokens.max()) < batch.plan.num_tokens
+def test_page_table_names_no_page_behind_a_rows_last_column(batch: Batch) -> None:
+    plan = batch.plan
+    for row, packed in enumerate(plan.entries):
+        needed = -(-packed.length // PAGE_SIZE)
+        assert plan.page_table[row, :needed].tolist() == packed.pages[:needed].tolist()
+        assert set(plan.page_table[row, needed:].tolist()) <= {NO_PAGE}
+    assert plan.page_table.shape[1] == max(-(-packed.length // PAGE_SIZE) for packed in plan.entries)
 
 
-def decode_reads(*indices: int) -> list[DecodeRead]:
-    plan, _ = build_plan([entry(index) for index in indices])
-    return plan.decode_reads
+@quickly
+@given(batches())
+def test_batch_of_the_kernels_is_the_plan_itself(batch: Batch) -> None:
+    plan = batch.plan
+    given_to_kernels = plan.batch(torch.device("cpu"))
+    for name, dtype in (
+        ("page_table", torch.int32),
+        ("lengths", torch.int32),
+        ("query_starts", torch.int32),
+        ("write_slots", torch.int64),
+    ):
+        tensor, array = getattr(given_to_kernels, name), getattr(plan, name)
+        assert (tensor.dtype, tensor.is_contiguous()) == (dtype, True)
+        # What was checked is what is read: no copy lies between them.
+        assert np.shares_memory(tensor.numpy(), array)
+    assert given_to_kernels.num_decoding == sum(row.num_tokens == 1 for row in batch.claims)
+    assert given_to_kernels.max_count == max(row.num_tokens for row in batch.claims)
+    assert given_to_kernels.max_length == max(row.start_column + row.num_tokens for row in batch.claims)
 
 
-def test_hole_of_the_limit_is_spanned_and_a_wider_one_begins_a_new_read() -> None:
-    assert [read.num_slots for read in decode_reads(0, MAX_HOLE + 1)] == [MAX_HOLE + 2]
-    assert [read.first_slot for read in decode_reads(0, MAX_HOLE + 2)] == [0, MAX_HOLE + 2]
+def test_decoding_rows_come_before_chunks_each_in_the_order_given() -> None:
+    plan, order = build_plan([entry(4, tokens=(1, 2, 3)), entry(0), entry(7, tokens=(4, 5)), entry(2)])
+    assert order == [1, 3, 0, 2]
+    assert plan.num_decoding == 2
+    assert plan.query_starts.tolist() == [0, 1, 2, 5, 7]
 
 
-def test_same_slot_index_in_two_slabs_is_read_twice() -> None:
-    plan, _ = build_plan([entry(2, slab=2), entry(2, slab=1), entry(3, slab=2)])
-    assert [(read.slab, read.first_slot, read.num_slots) for read in plan.decode_reads] == [(1, 2, 1), (2, 2, 2)]
-    assert [write.slab for write in plan.writes] == [1, 2]
-
-
-def test_decoding_rows_come_before_chunks_whatever_their_slots() -> None:
-    plan, order = build_plan([entry(0, tokens=(1, 2, 3)), entry(1), entry(0, slab=2, tokens=(4, 5))])
-    assert order == [1, 0, 2]
-    assert [(read.first_token, read.num_tokens) for read in plan.prefill_reads] == [(1, 3), (4, 2)]
+def test_chunk_over_a_page_border_is_written_to_both_pages() -> None:
+    plan, _ = build_plan([entry(8, 3, start=PAGE_SIZE - 2, tokens=(1, 2, 3))])
+    assert plan.write_slots.tolist() == [8 * PAGE_SIZE + 14, 8 * PAGE_SIZE + 15, 3 * PAGE_SIZE]
+    assert plan.page_table.tolist() == [[8, 3]]
 
 
 def test_no_logits_are_computed_for_entries_that_want_none() -> None:
@@ -151,20 +128,22 @@ def test_no_logits_are_computed_for_entries_that_want_none() -> None:
     assert plan.logits_entries.tolist() == []
 
 
-def test_index_arrays_are_int64() -> None:
+def test_dtypes_are_those_of_the_kernels() -> None:
     plan, _ = build_plan([entry(0), entry(3), entry(1, tokens=(1, 2))])
-    arrays = [plan.token_ids, plan.positions, plan.first_tokens, plan.counts, plan.logits_tokens, plan.logits_entries]
-    for write in plan.writes:
-        arrays += [write.tokens, write.slots, write.columns]
-    for read in plan.decode_reads:
-        arrays += [read.query_tokens, read.lengths, read.result_slots, read.result_tokens]
-    assert {array.dtype for array in arrays} == {np.dtype(np.int64)}
+    wide = [plan.token_ids, plan.positions, plan.write_slots, plan.logits_tokens, plan.logits_entries]
+    assert {array.dtype for array in wide} == {np.dtype(np.int64)}
+    narrow = [plan.query_starts, plan.lengths, plan.page_table]
+    assert {array.dtype for array in narrow} == {np.dtype(np.int32)}
 
 
-def test_positions_and_write_columns_do_not_share_memory() -> None:
-    # Were they one array, damage to it would look consistent to whoever compares the two.
-    plan, _ = build_plan([entry(0), entry(1, tokens=(1, 2))])
-    assert not any(np.shares_memory(plan.positions, write.columns) for write in plan.writes)
+def test_arrays_share_memory_neither_with_each_other_nor_with_a_rows_own_pages() -> None:
+    # Were two of them one array, damage to it would look consistent to whoever compares the two.
+    entries = [entry(0), entry(1, tokens=(1, 2))]
+    plan, _ = build_plan(entries)
+    arrays = [plan.token_ids, plan.positions, plan.query_starts, plan.lengths, plan.page_table, plan.write_slots]
+    arrays += [entry.pages for entry in entries]
+    for i, one in enumerate(arrays):
+        assert not any(np.shares_memory(one, other) for other in arrays[i + 1 :])
 
 
 def test_empty_entry_is_refused() -> None:
@@ -172,8 +151,8 @@ def test_empty_entry_is_refused() -> None:
         build_plan([entry(0), entry(1, tokens=())])
 
 
-def test_entry_that_fills_its_slot_is_planned_and_one_more_token_is_refused() -> None:
-    full = entry(0, start=126, tokens=(1, 2))
+def test_entry_that_fills_its_pages_is_planned_and_one_more_token_is_refused() -> None:
+    full = entry(0, 5, start=2 * PAGE_SIZE - 2, tokens=(1, 2))
     build_plan([full])
-    with pytest.raises(ValueError, match="leave a slot of 128"):
-        build_plan([replace(full, start_column=127)])
+    with pytest.raises(ValueError, match="33 columns leave 2 pages of 16"):
+        build_plan([replace(full, start_column=2 * PAGE_SIZE - 1)])

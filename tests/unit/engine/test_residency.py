@@ -1,7 +1,6 @@
 """Prompts come to the device as the model itself would compute them, from whichever tier they are in."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,73 +9,13 @@ from transformers import DynamicCache
 
 from prompt_store.manifest import SoftPrompt
 from server.engine.backbone import Backbone
-from server.engine.config import EngineConfig
-from server.engine.kv import KeysValues
-from server.engine.prefix import PromptLoader
-from server.engine.request import PromptRef
-from server.engine.residency import PrefixResidency
-from server.errors import NumericalError, PromptCorruptError, PromptMismatchError
-from server.metrics import Metrics
+from server.engine.kv import KvPool
+from server.engine.pages import NO_CONTENT, PAGE_SIZE, SHARED, content_of_prefix
+from server.engine.plan import PlanEntry, StepPlan, build_plan
+from server.engine.prefix import Prefix
+from server.errors import IsolationError, NumericalError, PromptCorruptError, PromptMismatchError
 from tests.unit.engine.prompts import make_prompt, make_ref
-
-
-def serve_what_was_asked(loader: PromptLoader) -> None:
-    """Do the loader thread's work on this one: everything asked for is ready afterwards."""
-    loader._wanted.put(None)
-    loader._run()
-
-
-class Bench:
-    """A residency with small memory and a store that is a dictionary; answers that are exceptions are raised."""
-
-    def __init__(self, backbone: Backbone, **config: Any) -> None:
-        self.backbone = backbone
-        self.metrics = Metrics()
-        self.answers: dict[str, SoftPrompt | Exception] = {}
-        self.loads: list[str] = []
-        self.next_serial = 1000
-        self.residency = PrefixResidency(
-            backbone,
-            EngineConfig(poison_freed_slots=True, **config),
-            self.metrics,
-            load_prompt=self._load,
-            wake=lambda: None,
-            next_serial=self._serial,
-        )
-        self.scratch = self.residency._scratch
-
-    def add(self, key: str, *, k: int = 3, kind: str = "embeddings", seed: int = 0) -> PromptRef:
-        ref = make_ref(key, k=k, kind=kind)
-        self.answers[ref.prefix_key] = make_prompt(self.backbone, ref, seed=seed)
-        return ref
-
-    def arrive(self) -> list[PromptRef]:
-        """Let everything asked for arrive; returns what failed."""
-        serve_what_was_asked(self.residency.loader)
-        return [loaded.ref for loaded in self.residency.poll()[0]]
-
-    def bring(self, *refs: PromptRef) -> None:
-        for ref in refs:
-            self.residency.bring(ref)
-        assert self.arrive() == []
-        assert self.residency.compile_wanted(60.0) == []
-
-    def where(self, *refs: PromptRef) -> list[str]:
-        return [self.residency.residency_of(ref.prefix_key) for ref in refs]
-
-    def count(self, metric: str, tier: str) -> float:
-        return self.metrics.registry.get_sample_value(f"promptmux_{metric}", {"tier": tier}) or 0.0
-
-    def _load(self, ref: PromptRef) -> SoftPrompt:
-        self.loads.append(ref.prefix_key)
-        answer = self.answers[ref.prefix_key]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def _serial(self) -> int:
-        self.next_serial += 1
-        return self.next_serial
+from tests.unit.engine.residency_bench import Bench, serve_what_was_asked
 
 
 def own_keys_values(backbone: Backbone, vectors: np.ndarray) -> list[torch.Tensor]:
@@ -89,9 +28,13 @@ def own_keys_values(backbone: Backbone, vectors: np.ndarray) -> list[torch.Tenso
     return [layer.keys[0] for layer in layers] + [layer.values[0] for layer in layers]  # type: ignore[union-attr,index]
 
 
-def tensors_of(prefix: KeysValues | None) -> list[torch.Tensor]:
+def tensors_of(pool: KvPool, prefix: Prefix | None) -> list[torch.Tensor]:
+    """Copies of all the prefix's columns, from its pages and its tail: keys of all layers, then values."""
     assert prefix is not None
-    return [*prefix.keys, *prefix.values]
+    full = pool.read(prefix.pages, len(prefix.pages) * PAGE_SIZE)
+    tails = [*prefix.tail.keys, *prefix.tail.values] if prefix.tail is not None else []
+    parts = [*full.keys, *full.values]
+    return [torch.cat([part, tails[i]], dim=1) if tails else part for i, part in enumerate(parts)]
 
 
 def assert_equal(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor], tolerance: float = 0.0) -> None:
@@ -100,45 +43,119 @@ def assert_equal(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor], t
         assert float((one - other).abs().max()) <= tolerance
 
 
-@pytest.mark.parametrize("k", [1, 5, 130])
+@pytest.mark.parametrize("k", [1, 5, 16, 32, 130])
 def test_compiled_embeddings_are_what_the_model_itself_keeps_of_them(llama: Backbone, k: int) -> None:
     bench = Bench(llama)
     ref = bench.add("a", k=k)
     prompt = make_prompt(llama, ref, seed=0)
     compiled = bench.residency.compile(ref, prompt)
-    assert_equal(tensors_of(compiled), own_keys_values(llama, prompt.values), tolerance=2e-5)
-    assert bench.scratch.ledger.num_slots_used == 0, "the slot it was compiled in is given back"
+    assert_equal(tensors_of(bench.pool, compiled), own_keys_values(llama, prompt.values), tolerance=2e-5)
 
 
-def test_trained_keys_and_values_are_taken_as_they_are(llama: Backbone) -> None:
+@pytest.mark.parametrize("k", [4, 16, 37])
+def test_trained_keys_and_values_are_taken_as_they_are(llama: Backbone, k: int) -> None:
     bench = Bench(llama)
-    ref = bench.add("a", k=4, kind="prefix")
+    ref = bench.add("a", k=k, kind="prefix")
     prompt = make_prompt(llama, ref, seed=1)
     keys_then_values = [torch.from_numpy(prompt.values[layer, which]) for which in (0, 1) for layer in range(3)]
-    assert_equal(tensors_of(bench.residency.compile(ref, prompt)), keys_then_values)
+    assert_equal(tensors_of(bench.pool, bench.residency.compile(ref, prompt)), keys_then_values)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "prefix"])
+@pytest.mark.parametrize("k", [5, 32, 37])
+def test_full_pages_are_shared_under_the_prompts_content_and_the_tail_is_no_page(
+    llama: Backbone, kind: str, k: int
+) -> None:
+    bench = Bench(llama)
+    ref = bench.add("a", k=k, kind=kind)
+    prefix = bench.residency.compile(ref, make_prompt(llama, ref, seed=1))
+    assert prefix is not None
+    ledger = bench.pool.ledger
+    num_full = k // PAGE_SIZE
+    assert ledger.content[prefix.pages].tolist() == [content_of_prefix(ref.prefix_key, i) for i in range(num_full)]
+    assert ledger.owner[prefix.pages].tolist() == [SHARED] * num_full
+    assert (ledger.num_used, bench.pool.num_prefix_pages) == (num_full, num_full), "the last page was given back"
+    assert (prefix.tail.num_tokens if prefix.tail is not None else 0) == k % PAGE_SIZE
+    assert bench.residency.device.num_bytes == k * llama.bytes_per_token
 
 
 def test_prompt_compiled_again_has_the_same_bits_whatever_lies_in_memory(llama: Backbone) -> None:
     bench = Bench(llama)
-    ref = bench.add("a", k=7)
+    ref = bench.add("a", k=23)
     prompt = make_prompt(llama, ref, seed=2)
-    first = tensors_of(bench.residency.compile(ref, prompt))
-    other = bench.scratch.allocate(1, 100)
+    old = bench.residency.compile(ref, prompt)
+    assert old is not None
+    first, places = tensors_of(bench.pool, old), old.pages.tolist()
+    bench.residency.evict(ref.prefix_key)
+    other = bench.pool.allocate(1, 3)
     assert other is not None
-    for tensor in (*bench.scratch.slabs[other.slab].keys, *bench.scratch.slabs[other.slab].values):
-        tensor[other.index] = 1e4
-    assert_equal(tensors_of(bench.residency.compile(ref, prompt)), first)
+    for tensor in (*bench.pool.key_pages, *bench.pool.value_pages):
+        tensor.fill_(1e4)
+    again = bench.residency.compile(ref, prompt)
+    assert again is not None
+    assert again.pages.tolist() != places
+    assert_equal(tensors_of(bench.pool, again), first)
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "prefix"])
-def test_prompt_that_is_not_finite_is_refused_and_its_slot_given_back(llama: Backbone, kind: str) -> None:
+@pytest.mark.parametrize("k", [3, 40])
+def test_prompt_that_is_not_finite_is_refused_and_its_pages_given_back(llama: Backbone, kind: str, k: int) -> None:
     bench = Bench(llama)
-    ref = bench.add("a", kind=kind)
+    ref = bench.add("a", kind=kind, k=k)
     prompt = make_prompt(llama, ref, seed=0)
     prompt.values[-1] = np.nan
     with pytest.raises(NumericalError, match="task-a@1 is not finite"):
         bench.residency.compile(ref, prompt)
-    assert bench.scratch.ledger.num_slots_used == 0
+    bench.assert_nothing_is_left()
+
+
+def test_plan_that_fails_its_check_compiles_nothing_and_gives_the_pages_back(
+    llama: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_wrong_plan(entries: Sequence[PlanEntry]) -> tuple[StepPlan, list[int]]:
+        plan, order = build_plan(entries)
+        plan.write_slots[0] += PAGE_SIZE
+        return plan, order
+
+    bench = Bench(llama)
+    ref = bench.add("a", k=20)
+    monkeypatch.setattr("server.engine.residency.build_plan", build_wrong_plan)
+    with pytest.raises(IsolationError, match="it would write into another row's page"):
+        bench.residency.compile(ref, make_prompt(llama, ref, seed=0))
+    bench.assert_nothing_is_left()
+
+
+def test_pass_that_fails_gives_the_pages_back(llama: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    bench = Bench(llama)
+    ref = bench.add("a", k=20)
+    monkeypatch.setattr(llama, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench.residency.compile(ref, make_prompt(llama, ref, seed=0))
+    bench.assert_nothing_is_left()
+
+
+def test_failure_while_pages_are_being_shared_gives_back_those_too(
+    llama: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(llama)
+    ref = bench.add("a", k=40)
+    shared: list[int] = []
+    share = bench.pool.ledger.share
+
+    def fail_at_the_second(page: int, owner: int, content: int) -> None:
+        if shared:
+            raise RuntimeError("no more")
+        share(page, owner, content)
+        shared.append(page)
+
+    monkeypatch.setattr(bench.pool.ledger, "share", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="no more"):
+        bench.residency.compile(ref, make_prompt(llama, ref, seed=0))
+    assert shared
+    bench.assert_nothing_is_left()
 
 
 @pytest.mark.parametrize(
@@ -159,6 +176,7 @@ def test_prompt_of_another_shape_is_refused(llama: Backbone, kind: str, shape: t
     prompt = SoftPrompt(kind=kind, values=np.zeros(shape, dtype=np.float32))  # type: ignore[arg-type]
     with pytest.raises(PromptMismatchError, match="task-a@1"):
         bench.residency.compile(fitting, prompt)
+    bench.assert_nothing_is_left()
 
 
 def test_prompt_of_another_kind_than_its_reference_is_refused(llama: Backbone) -> None:
@@ -192,11 +210,12 @@ def test_prompt_goes_from_store_to_host_to_device_and_hits_and_misses_are_counte
 
 
 def test_evicted_prefix_comes_back_from_the_host_without_the_store(llama: Backbone) -> None:
-    bench = Bench(llama, prefix_cache_bytes=4 * llama.bytes_per_token)
+    bench = Bench(llama, prefix_pages=1)
     one, other = bench.add("a", seed=1), bench.add("b", seed=2)
     bench.bring(one)
     first = bench.residency.acquire(one)
     assert first is not None
+    bits = tensors_of(bench.pool, first)
     bench.residency.device.release(first)
     bench.bring(other)
     assert bench.where(one, other) == ["host", "device"]
@@ -205,7 +224,7 @@ def test_evicted_prefix_comes_back_from_the_host_without_the_store(llama: Backbo
     again = bench.residency.acquire(one)
     assert again is not None
     assert again.uid != first.uid
-    assert_equal(tensors_of(again.tensors), tensors_of(first.tensors))
+    assert_equal(tensors_of(bench.pool, again), bits)
     assert bench.loads == [one.prefix_key, other.prefix_key]
 
 
@@ -250,7 +269,7 @@ def test_failed_load_is_reported_and_may_be_asked_for_again(llama: Backbone) -> 
 
 def test_deleted_prompt_is_forgotten_in_every_tier_but_kept_by_the_row_that_holds_it(llama: Backbone) -> None:
     bench = Bench(llama)
-    held, waiting = bench.add("a"), bench.add("b")
+    held, waiting = bench.add("a", k=20), bench.add("b")
     bench.bring(held)
     prefix = bench.residency.acquire(held)
     bench.residency.bring(waiting)
@@ -261,9 +280,11 @@ def test_deleted_prompt_is_forgotten_in_every_tier_but_kept_by_the_row_that_hold
     assert bench.residency.num_wanted == 0
     assert prefix is not None
     assert not prefix.is_alive
-    assert bench.residency.device.num_bytes == prefix.tensors.num_bytes
+    assert bench.residency.device.num_bytes == prefix.num_bytes == 20 * llama.bytes_per_token
+    assert bench.pool.ledger.owner[prefix.pages].tolist() == [SHARED]
     bench.residency.device.release(prefix)
-    assert bench.residency.device.num_bytes == 0
+    assert bench.pool.ledger.content[prefix.pages].tolist() == [NO_CONTENT]
+    bench.assert_nothing_is_left()
 
 
 def test_prompt_read_for_an_audit_enters_no_tier(llama: Backbone) -> None:
@@ -275,3 +296,64 @@ def test_prompt_read_for_an_audit_enters_no_tier(llama: Backbone) -> None:
     assert failed == []
     assert [loaded.ref for loaded in for_audit] == [ref]
     assert (bench.where(ref), bench.residency.num_wanted) == (["store"], 0)
+
+
+def test_prefix_without_room_waits_until_the_rows_that_hold_others_have_ended(llama: Backbone) -> None:
+    bench = Bench(llama, prefix_pages=2)
+    held, waiting = bench.add("a", k=20), bench.add("b", k=20)
+    bench.bring(held)
+    prefix = bench.residency.acquire(held)
+    assert prefix is not None
+    bench.bring(waiting)
+    assert bench.where(held, waiting) == ["device", "host"]
+    assert bench.residency.num_wanted == 1
+    assert bench.residency.acquire(waiting) is None
+    bench.residency.device.release(prefix)
+    assert bench.residency.compile_wanted(0.0) == []
+    assert bench.where(held, waiting) == ["host", "device"]
+    assert bench.residency.num_wanted == 0
+    assert bench.loads == [held.prefix_key, waiting.prefix_key]
+
+
+def test_prefix_without_room_does_not_hold_up_smaller_ones(llama: Backbone) -> None:
+    bench = Bench(llama, prefix_pages=4)
+    held, large, small = bench.add("a", k=32), bench.add("b", k=48), bench.add("c", k=16)
+    bench.bring(held)
+    assert bench.residency.acquire(held) is not None
+    for ref in (large, small):
+        bench.residency.bring(ref)
+    bench.arrive()
+    assert bench.residency.compile_wanted(0.0) == [], "the one that was made is the second in the order of asking"
+    assert bench.where(held, large, small) == ["device", "host", "device"]
+    assert bench.residency.compile_wanted(60.0) == []
+    assert bench.where(large, small) == ["host", "device"], "nothing is evicted in vain"
+
+
+def test_pinned_prompts_are_brought_and_fill_at_most_half_of_the_memory(
+    llama: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(llama, prefix_pages=8)
+    refs = [bench.add(key, k=16) for key in "abcdef"]
+    bench.residency.pin(refs)
+    bench.arrive()
+    assert bench.residency.compile_wanted(60.0) == []
+    assert bench.where(*refs) == ["device"] * 4 + ["store"] * 2
+    assert "4 of 6 pinned prompts stay on the device" in caplog.text
+    others = [bench.add(f"other-{i}", k=64) for i in range(3)]
+    for other in others:
+        bench.bring(other)
+    assert bench.where(*refs) == ["device"] * 4 + ["store"] * 2
+    assert bench.where(*others) == ["host", "host", "device"]
+    bench.residency.pin([])
+    bench.bring(others[0])
+    assert bench.where(*refs) == ["host"] * 4 + ["store"] * 2, "pinned no more, they are the least recently used"
+
+
+def test_prompt_on_the_device_is_not_brought_again(llama: Backbone) -> None:
+    bench = Bench(llama)
+    ref = bench.add("a")
+    bench.bring(ref)
+    bench.bring(ref)
+    bench.residency.pin([ref])
+    assert bench.residency.num_wanted == 0
+    assert bench.loads == [ref.prefix_key]

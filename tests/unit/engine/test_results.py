@@ -4,17 +4,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.engine.pages import PageLedger
 from server.engine.plan import build_plan
 from server.engine.request import RowOutput, RowRequest, SamplingParams
 from server.engine.results import StepResults
 from server.engine.row import Row, RowState
+from server.engine.row_pages import RowPages
 from server.engine.scheduler import ScheduledRow
-from server.engine.slots import Slot
 from server.engine.step import plan_entry
 from server.engine.text import TextStream
 from server.errors import NumericalError
@@ -39,7 +41,8 @@ def make_row(prompt: str = "abc", *, serial: int = 1, is_audited: bool = False, 
         skip_special_tokens=request.sampling.skip_special_tokens,
     )
     row = Row(request=request, serial=serial, arrived_at_s=0.0, text=stream, is_audited=is_audited)
-    row.slot = Slot(slab=1, index=serial - 1, capacity=128, owner=serial, generation=serial)
+    row.pages = RowPages(128)
+    row.pages.append(np.arange(8, dtype=np.int32) + 8 * (serial - 1), PageLedger(64))
     row.state = RowState.RUNNING
     return row
 
@@ -241,7 +244,7 @@ def test_step_of_mixed_rows_gives_each_row_its_own_logits() -> None:
     chunk = make_row("hello", serial=1)
     scored = make_row("abc", serial=2, prompt_logprobs=0)
     unfinished = make_row("long prompt", serial=4)
-    # Plan order: the row with one token first, then chunks by slot.
+    # Plan order: the row with one token first, then chunks as they were given.
     logits = logits_for([ord("D"), ord("C"), ord("b"), ord("c"), ord("S")])
     outputs = collect([(chunk, 5), (scored, 3), (unfinished, 4), (decoding, 1)], logits)
 
@@ -253,6 +256,18 @@ def test_step_of_mixed_rows_gives_each_row_its_own_logits() -> None:
     scores = outputs["row-2"].prompt_logprobs
     assert scores is not None
     assert all(entry.logprob > -0.1 for entry in scores if entry is not None)
+
+
+def test_cached_tokens_are_told_once_with_the_first_token() -> None:
+    row = make_row("hello")
+    row.num_cached = row.num_computed = 3
+    outputs = generate(row, b"xy")
+
+    assert [output.num_cached for output in outputs] == [3, 0]
+    scored = make_row("hello", max_tokens=0, serial=2)
+    scored.num_cached = scored.num_computed = 4
+    (output,) = collect([(scored, 1)], logits_for([1])).values()
+    assert output.num_cached == 4
 
 
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12), st.integers(1, 12), st.integers(0, 12))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.backbone import Backbone, BackboneError
+from server.engine.backbone import Backbone
+from server.engine.checkpoint import BackboneError
 from tests.factories import save_tiny_backbone
 
 

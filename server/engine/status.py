@@ -1,0 +1,15 @@
+"""A look at the engine from another thread."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Numbers of one moment. `failure` is the error that ended the step loop, or None."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage_ratio: float
+    prompts_resident: int
+    heartbeat_age_s: float
+    failure: str | None

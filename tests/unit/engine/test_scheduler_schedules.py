@@ -1,0 +1,270 @@
+"""Who runs next, and with how many tokens: random schedules over a ledger of few pages."""
+
+from collections import Counter, deque
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from server.engine.row import Row, RowState
+from server.engine.scheduler import ScheduledRow, Scheduler, WaitingRows
+from tests.unit.engine.scheduling import Memory, end, is_finished, make_row, make_scheduler, take
+
+TENANTS = ("a", "b", "c")
+
+
+def victim_by_the_rule(rows: list[Row]) -> Row:
+    """Tenants by the pages they hold, most first; of the first that has any row but the oldest of all, the youngest."""
+    oldest = min(rows, key=lambda row: row.serial)
+    num_pages: Counter[str] = Counter()
+    for row in rows:
+        num_pages[row.request.tenant] += row.num_pages
+    most = sorted(set(num_pages.values()), reverse=True)
+    for count in most:
+        candidates = [row for row in rows if num_pages[row.request.tenant] == count and row is not oldest]
+        if candidates:
+            return max(candidates, key=lambda row: row.serial)
+    raise AssertionError("the oldest row is alone")
+
+
+class CheckedMemory(Memory):
+    """Checks each victim when it is preempted."""
+
+    scheduler: Scheduler
+
+    def preempt(self, row: Row) -> None:
+        assert row is victim_by_the_rule([*self.scheduler.running, row])
+        super().preempt(row)
+
+
+class Schedule(RuleBasedStateMachine):
+    """Rows come, run and go in any order, with pages that run short and prefixes that come and go."""
+
+    is_deterministic = False
+
+    @initialize(
+        max_rows=st.integers(1, 6),
+        spare=st.integers(0, 20),
+        chunk=st.integers(1, 12),
+        num_pages=st.integers(6, 14),
+        max_cold=st.integers(1, 8),
+        is_hasty=st.booleans(),
+    )
+    def start(self, max_rows: int, spare: int, chunk: int, num_pages: int, max_cold: int, is_hasty: bool) -> None:
+        self.max_rows, self.chunk, self.max_cold = max_rows, chunk, max_cold
+        self.budget = max(max_rows, chunk if self.is_deterministic else 1) + spare
+        self.memory = CheckedMemory(num_pages, is_hasty=is_hasty, first_chunk=chunk)
+        self.scheduler = make_scheduler(
+            self.memory,
+            max_rows=max_rows,
+            max_step_tokens=self.budget,
+            prefill_chunk=chunk,
+            max_cold_prompts=max_cold,
+            is_deterministic=self.is_deterministic,
+        )
+        self.memory.scheduler = self.scheduler
+        self.rows: dict[int, Row] = {}
+        self.shapes: dict[tuple[int, int], tuple[int, int, bool]] = {}
+        self.next_serial = 1
+
+    @rule(
+        tenant=st.sampled_from(TENANTS),
+        num_tokens=st.integers(1, 40),
+        num_new=st.integers(1, 40),
+        is_ready=st.sampled_from([True, True, False]),
+    )
+    def submit(self, tenant: str, num_tokens: int, num_new: int, is_ready: bool) -> None:
+        row = make_row(self.next_serial, tenant=tenant, num_tokens=num_tokens, num_new=num_new)
+        self.next_serial += 1
+        if not is_ready:
+            self.memory.not_ready.add(row.serial)
+        self.rows[row.serial] = row
+        self.scheduler.add(row)
+
+    @rule()
+    def prefixes_arrive(self) -> None:
+        self.memory.not_ready.clear()
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def row_is_cancelled(self, data: st.DataObject) -> None:
+        row = self.rows.pop(data.draw(st.sampled_from(sorted(self.rows))))
+        end(self.scheduler, self.memory, row)
+        assert row.state is RowState.FINISHED
+
+    @rule(num_steps=st.integers(1, 8))
+    def steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.step()
+
+    def step(self) -> None:
+        running = list(self.scheduler.running)
+        order = list(self.scheduler.waiting)
+        self.memory.asked.clear()
+        self.memory.preempted.clear()
+        num_preemptions = self.scheduler.num_preemptions
+        scheduled = self.scheduler.schedule()
+        tokens_of = {item.row.serial: item.num_tokens for item in scheduled}
+        assert len(tokens_of) == len(scheduled), "a row is scheduled twice in a step"
+        assert sum(tokens_of.values()) <= self.budget
+        for item in scheduled:
+            assert 1 <= item.num_tokens <= min(self.chunk, item.row.num_uncomputed)
+            assert item.row.state is RowState.RUNNING
+            assert item.row.pages is not None
+            assert item.row.pages.num_columns >= item.row.next_column + item.num_tokens
+        self.check_preempted(running, tokens_of)
+        assert self.scheduler.num_preemptions == num_preemptions + len(self.memory.preempted)
+        kept = [row for row in running if row.serial not in self.memory.preempted]
+        assert self.scheduler.running[: len(kept)] == kept, "running rows have changed their places"
+        if self.is_deterministic:
+            self.check_shapes(scheduled)
+        else:
+            self.check_running(kept, tokens_of)
+        self.check_admitted(order, kept, tokens_of)
+        take(scheduled)
+        for row in [row for row in self.rows.values() if is_finished(row)]:
+            end(self.scheduler, self.memory, self.rows.pop(row.serial))
+
+    def check_preempted(self, running: list[Row], tokens_of: dict[int, int]) -> None:
+        """They wait, hold nothing and take no part; the oldest is not among them."""
+        preempted = self.memory.preempted
+        assert len(set(preempted)) == len(preempted)
+        for serial in preempted:
+            row = self.rows[serial]
+            assert row in running
+            assert (row.state, row.pages, row.num_computed) == (RowState.WAITING, None, 0)
+            assert serial not in tokens_of
+        if running:
+            assert min(row.serial for row in running) not in preempted
+
+    def check_running(self, kept: list[Row], tokens_of: dict[int, int]) -> None:
+        """Rows that decode take part in every step, and so does the oldest: it gets on whatever happens."""
+        assert all(row.serial in tokens_of for row in kept if row.num_uncomputed == 1)
+        assert not kept or min(row.serial for row in kept) in tokens_of
+
+    def check_shapes(self, scheduled: list[ScheduledRow]) -> None:
+        """A step is one chunk of one row or one token each of all that are past their client's tokens.
+
+        In what shape a token is computed is the same whenever it is computed again.
+        """
+        if not scheduled:
+            return
+        is_chunk = scheduled[0].row.num_computed < scheduled[0].row.num_prompt_tokens
+        if is_chunk:
+            (item,) = scheduled
+            assert item.row.num_computed % self.chunk == 0
+            end_token = item.row.num_computed + item.num_tokens
+            assert end_token % self.chunk == 0 or end_token == item.row.num_prompt_tokens
+        else:
+            decoding = [row for row in self.scheduler.running if row.num_computed >= row.num_prompt_tokens]
+            assert {item.row.serial for item in scheduled} == {row.serial for row in decoding}
+            assert decoding == self.scheduler.running, "prompts come first"
+            assert all(item.num_tokens == 1 for item in scheduled)
+        for item in scheduled:
+            for token in range(item.row.num_computed, item.row.num_computed + item.num_tokens):
+                shape = (item.row.num_computed, item.num_tokens, is_chunk)
+                assert self.shapes.setdefault((item.row.serial, token), shape) == shape
+
+    def check_admitted(self, order: list[Row], kept: list[Row], tokens_of: dict[int, int]) -> None:
+        """Admissions are asked for in order, and only the last answer may have been that there is no room."""
+        asked, not_ready = self.memory.asked, self.memory.not_ready
+        tried = [row.serial for row in order][: len(asked)]
+        assert asked == tried
+        assert sum(serial in not_ready for serial in asked) <= self.max_cold
+        admitted = self.scheduler.running[len(kept) :]
+        assert not (admitted and self.memory.preempted), "rows are admitted while others are preempted"
+        assert all(row.serial in tokens_of for row in admitted)
+        refused = [s for s in asked if s not in {row.serial for row in admitted}]
+        assert all(s in not_ready for s in refused if s != asked[-1])
+        if not admitted and not kept and order:
+            cold = [index for index, row in enumerate(order) if row.serial in not_ready]
+            reached = order[: cold[self.max_cold - 1]] if len(cold) >= self.max_cold else order
+            ready = [row for row in reached if row.serial not in not_ready]
+            assert not ready, "nothing runs although a row could"
+
+    @invariant()
+    def rows_are_where_they_should_be(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_invariants()
+        self.memory.ledger.check_invariants()
+        assert len(self.scheduler.waiting) == len(list(self.scheduler.waiting))
+        listed = [row.serial for row in (*self.scheduler.running, *self.scheduler.waiting)]
+        assert sorted(listed) == sorted(self.rows)
+        assert self.memory.ledger.num_used == sum(row.num_pages for row in self.scheduler.running)
+
+    def teardown(self) -> None:
+        """Whatever the state: every row that is there is finished in a bounded number of steps."""
+        if not hasattr(self, "scheduler"):
+            return
+        self.memory.not_ready.clear()
+        # Each row in its turn is the oldest and next to be admitted. Until then each tenant may have one admitted
+        # before it, and what runs meanwhile has at most all tokens to compute, one a step.
+        num_tokens = sum(row.max_total_tokens for row in self.rows.values())
+        bound = len(self.rows) * (len(TENANTS) + 1) * (num_tokens + 1)
+        for _ in range(bound + 1):
+            if not self.rows:
+                break
+            self.step()
+        assert not self.rows, "a row starved"
+
+
+TestSchedule = Schedule.TestCase
+TestSchedule.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class DeterministicSchedule(Schedule):
+    """The same, with steps whose shapes depend on one row alone."""
+
+    is_deterministic = True
+
+
+TestDeterministicSchedule = DeterministicSchedule.TestCase
+TestDeterministicSchedule.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class TurnsSchedule(RuleBasedStateMachine):
+    """The order of waiting rows against a plain queue of tenants, each with a queue of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = WaitingRows()
+        self.turns: deque[tuple[str, deque[Row]]] = deque()
+        self.next_serial = 1
+
+    @rule(tenant=st.sampled_from(TENANTS))
+    def add(self, tenant: str) -> None:
+        row = make_row(self.next_serial, tenant=tenant)
+        self.next_serial += 1
+        self.waiting.add(row)
+        queue = next((queue for name, queue in self.turns if name == tenant), None)
+        if queue is None:
+            self.turns.append((tenant, deque([row])))
+        else:
+            queue.append(row)
+
+    @precondition(lambda self: self.turns)
+    @rule()
+    def admit_the_first(self) -> None:
+        tenant, queue = self.turns.popleft()
+        first = next(iter(self.waiting))
+        assert first is queue.popleft()
+        self.waiting.remove(first)
+        if queue:
+            self.turns.append((tenant, queue))
+
+    @invariant()
+    def whole_order_is_the_model_played_to_its_end(self) -> None:
+        turns = deque((name, deque(queue)) for name, queue in self.turns)
+        expected = []
+        while turns:
+            tenant, queue = turns.popleft()
+            expected.append(queue.popleft())
+            if queue:
+                turns.append((tenant, queue))
+        assert list(self.waiting) == expected
+        assert len(self.waiting) == len(expected)
+
+
+TestTurnsSchedule = TurnsSchedule.TestCase
+TestTurnsSchedule.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
