@@ -6,7 +6,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <vector>
@@ -145,7 +144,8 @@ void run(const Layer<T>& layer, const Work& work) {
   };
   const int64_t num_items = static_cast<int64_t>(work.items.size());
   std::atomic<int64_t> taken{0};
-  const int64_t workers = std::clamp<int64_t>(work.cost / kNumbersAThread, 1, std::min<int64_t>(at::get_num_threads(), num_items));
+  const int64_t most = std::min<int64_t>(at::get_num_threads(), num_items);
+  const int64_t workers = std::clamp<int64_t>(work.cost / kNumbersAThread, 1, most);
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     static thread_local Scratch scratch;
     ItemRunner<T> runner(layer, scratch, work.max_queries);

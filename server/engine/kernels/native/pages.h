@@ -1,7 +1,8 @@
 // Products with one page of the pool: either as it lies there, or after it was packed into words (products.h).
 //
-// Packing costs about as much as multiplying with ten queries. The two ways sum in the same order, so give the same bits.
-// Wherever a page is read, `next` is a page of the same size (perhaps the same) that is fetched meanwhile, line for line.
+// Packing costs about as much as multiplying with ten queries. The two ways sum in the same order, so they give the same
+// bits. Wherever a page is read, `next` is a page of the same size (perhaps the same one) that is fetched meanwhile,
+// line for line.
 #pragma once
 
 #include "products.h"
@@ -176,8 +177,8 @@ PROMPTMUX_INLINE void add_some(const int32_t* weights, const T* const* pages, co
   }
 }
 
-// sums[i] = sums[i] * factors[i] + the values of `num_pages` pages, weighted by weights[i]. `from` and `to`, the columns
-// that anybody sees, count from the first page's first.
+// sums[i] = sums[i] * factors[i] + the values of `num_pages` pages, weighted by weights[i]. `from` and `to`, between
+// which lie the columns that anybody sees, count from the first page's first.
 template <typename T, int rows>
 void add_pages(const int32_t* weights, const T* const* pages, const T* const* nexts, int num_pages, int64_t value_dim,
                int from, int to, float* sums, int64_t sums_stride, const float* factors) {

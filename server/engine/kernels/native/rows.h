@@ -6,8 +6,8 @@
 // Columns that a token does not see add exact zeros to it; so a token's bits are the same computed alone or in a chunk.
 //
 // Few queries (a decoding row) are multiplied with pages as they lie, many with a packed copy of the tile; either way
-// every number is summed in the same order. What is read next is fetched meanwhile, a line at a time: rows lie scattered
-// over the pool, where no CPU guesses the next page.
+// every number is summed in the same order. What is read next is fetched meanwhile, a line at a time: rows lie
+// scattered over the pool, where no CPU guesses the next page.
 #pragma once
 
 #include "items.h"
