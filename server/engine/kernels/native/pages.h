@@ -1,8 +1,8 @@
 // Products with one page of the pool: either as it lies there, or after it was packed into words (products.h).
 //
-// Packing costs about as much as multiplying with ten queries. The two ways sum in the same order, so they give the same
-// bits. Wherever a page is read, `next` is a page of the same size (perhaps the same one) that is fetched meanwhile,
-// line for line.
+// Packing costs about as much as multiplying with ten queries. The two ways sum in the same order, so they give the
+// same bits. Wherever a page is read, `next` is a page of the same size (perhaps the same one) that is fetched
+// meanwhile, line for line.
 #pragma once
 
 #include "products.h"

@@ -1,9 +1,9 @@
 // Small products out of packed words.
 //
-// A word is 32 bits: one float, or (where the CPU multiplies bfloat16) two bfloat16 that are neighbours in the dimension
-// that is summed over. Left operands are rows of words; right operands are laid out so that sixteen columns of one word
-// lie side by side. Every number of a result is summed in one fixed order, word after word, whatever the number of rows
-// and columns that are computed together: that is what makes a token's bits independent of its neighbours.
+// A word is 32 bits: one float, or (where the CPU multiplies bfloat16) two bfloat16 that are neighbours in the
+// dimension that is summed over. Left operands are rows of words; right operands are laid out so that sixteen columns
+// of one word lie side by side. Every number of a result is summed in one fixed order, whatever the number of rows and
+// columns that are computed together: that is what makes a token's bits independent of its neighbours.
 #pragma once
 
 #include "vectors.h"

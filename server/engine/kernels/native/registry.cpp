@@ -1,10 +1,11 @@
 // The operators that torch's dispatcher sees, and the pools and steps that a compiled graph refers to by a number.
 //
 // `promptmux::attend` is for graphs that were compiled before any step: its pools and index tensors are bound to a
-// handle, so the graph depends on the number of tokens alone. It writes to the pool, which its schema does not say
-// (a graph cannot name a tensor that it is not given); that is safe because its answer is always used, no two calls of a
-// graph have the same handle and layer, so that none can be dropped or merged, layers follow each other through their
-// answers, so that none can be moved, and a call repeated within a step writes the same bits to the same places.
+// handle, so the graph depends on the number of tokens alone. It writes to the pool, which its schema does not say (a
+// graph cannot name a tensor that it is not given). That is safe because a layer's answer is always used, so that no
+// call is dropped; no two calls of a graph have the same handle and layer, so that none are merged; layers follow each
+// other through their answers, so that none is moved; and a call that is repeated within a step writes the same bits to
+// the same places.
 #include "paged_attention.h"
 
 #include <torch/library.h>

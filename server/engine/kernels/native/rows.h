@@ -193,8 +193,8 @@ class ItemRunner {
     if (first >= end) return;
     const int vectors = end - first;
     multiply_panels(kScorePanels<kPairs>, rows, vectors, scratch_.query + panel * query_words_, query_words_,
-                    scratch_.keys + first * kPageSize, kTileColumns, words_for<T>(layer_.key_dim), nullptr, scratch_.scores,
-                    kTileColumns);
+                    scratch_.keys + first * kPageSize, kTileColumns, words_for<T>(layer_.key_dim), nullptr,
+                    scratch_.scores, kTileColumns);
     alignas(64) float factors[kLanes];
     weigh_all(item, panel, rows, (tile.index * kTilePages + first) * kPageSize, vectors, factors);
     multiply_panels(kAddPanels<kPairs>, rows, value_numbers_ / kLanes, scratch_.weights, kWeightWords<T>,
@@ -228,8 +228,8 @@ class ItemRunner {
     }
   }
 
-  // One query's scores to weights, of which it sees the columns `from .. to - 1`. Raises `largest_score` to the largest score
-  // and returns the sum of the weights.
+  // One query's scores to weights, of which it sees the columns `from .. to - 1`. Raises `largest_score` to the largest
+  // of them and returns the sum of the weights.
   float weigh(const float* scores, int vectors, int from, int to, int32_t* words, float& largest_score) const {
     Floats weights[kTilePages];
     Floats maxima = splat(-kInfinity);
