@@ -14,19 +14,19 @@ import numpy as np
 from benchmarks.machine import describe_machine, report
 from benchmarks.offline import OfflineEngine
 from benchmarks.rounds import (
-    backbone_folder,
     embeddings_of,
     interleave,
+    load_backbone,
     make_parser,
     parse,
     plain,
     ratio,
     ratio_table,
     rounded,
+    settle,
     timed,
 )
 from benchmarks.workload import BenchRequest, Workload, make_workload
-from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 
 GOALS = {100: "≤ 1.05"}
@@ -35,7 +35,7 @@ GOALS = {100: "≤ 1.05"}
 def main() -> None:
     args = _parse()
     machine = describe_machine()
-    backbone = Backbone.load(backbone_folder(args), dtype=args.dtype)
+    backbone = load_backbone(args)
     embeddings = embeddings_of(backbone)
     prompts = {
         k: make_workload(
@@ -51,9 +51,8 @@ def main() -> None:
             load = Workload(prompts[k], [BenchRequest(0 if k else None, token_ids, 1)])
             return timed(lambda: engine.run(load))
 
-        for number in range(args.rounds, args.rounds + 3):
-            for k in prompts:
-                run(k, number)
+        for k in prompts:
+            settle(backbone, partial(run, k))
         seconds = interleave({names[k]: partial(run, k) for k in prompts}, args.rounds, show=False)
     ratios = {
         f"first token, {names[k]} ÷ no prompt": ratio(seconds[names[k]], seconds[names[0]], goal=GOALS.get(k, ""))

@@ -12,9 +12,9 @@ from functools import partial
 from benchmarks.machine import describe_machine, report
 from benchmarks.offline import OfflineEngine
 from benchmarks.rounds import (
-    backbone_folder,
     embeddings_of,
     interleave,
+    load_backbone,
     make_parser,
     parse,
     plain,
@@ -22,11 +22,11 @@ from benchmarks.rounds import (
     ratio_table,
     refresh,
     rounded,
+    settle,
     speed_table,
     timed,
 )
 from benchmarks.workload import Workload, make_workload
-from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 
 ONE = "one prompt"
@@ -39,7 +39,7 @@ class PromptsNotResidentError(RuntimeError):
 def main() -> None:
     args = _parse()
     machine = describe_machine()
-    backbone = Backbone.load(backbone_folder(args), dtype=args.dtype)
+    backbone = load_backbone(args)
     embeddings = embeddings_of(backbone)
 
     def workload(num_prompts: int) -> Workload:
@@ -68,6 +68,7 @@ def main() -> None:
 
         for name in loads:
             run(name, args.rounds)
+        settle(backbone, partial(run, ONE), runs=1)
         evicted = _num_evicted(engine)
         seconds = interleave({name: partial(run, name) for name in loads}, args.rounds)
         if _num_evicted(engine) != evicted:

@@ -27,6 +27,7 @@ from benchmarks.rounds import (
     backbone_folder,
     embeddings_of,
     interleave,
+    load_backbone,
     make_parser,
     parse,
     plain,
@@ -34,11 +35,11 @@ from benchmarks.rounds import (
     ratio_table,
     refresh,
     rounded,
+    settle,
     speed_table,
     timed,
 )
 from benchmarks.workload import Workload, make_workload
-from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 
 LENGTHS = ("fixed", "lognormal")
@@ -66,7 +67,7 @@ def main() -> None:
 
 def _compare_tokens(args: argparse.Namespace, folder: str, model: Path) -> str:
     """How many of a few fp32 answers are equal. Raises NotTheSameModelError when they are too few to be near-ties."""
-    backbone = Backbone.load(folder, dtype="float32", device="cpu")
+    backbone = load_backbone(args, dtype="float32", device="cpu")
     load = make_workload(
         embeddings_of(backbone), num_requests=NUM_COMPARED, num_prompts=0, k=1, new_tokens="fixed", seed=args.seed
     )
@@ -81,7 +82,7 @@ def _compare_tokens(args: argparse.Namespace, folder: str, model: Path) -> str:
 
 
 def _measure(args: argparse.Namespace, machine: dict[str, object], folder: str, model: Path, equal: str) -> None:
-    backbone = Backbone.load(folder, dtype=args.dtype, device="cpu")
+    backbone = load_backbone(args, device="cpu")
     embeddings = embeddings_of(backbone)
     dtype = backbone.dtype_name
     loads = {
@@ -125,6 +126,8 @@ def _measure(args: argparse.Namespace, machine: dict[str, object], folder: str, 
                 systems[f"{lengths}: {name}"] = partial(run_peer, which, lengths)
         for run in systems.values():
             run(args.rounds)
+        for lengths in LENGTHS:
+            settle(backbone, partial(run_ours, args.requests, lengths))
         peer_cpu_s.clear()
         seconds = interleave(systems, args.rounds)
         about = peer.about

@@ -11,9 +11,9 @@ from functools import partial
 from benchmarks.machine import describe_machine, report
 from benchmarks.offline import OfflineEngine
 from benchmarks.rounds import (
-    backbone_folder,
     embeddings_of,
     interleave,
+    load_backbone,
     make_parser,
     parse,
     plain,
@@ -21,11 +21,11 @@ from benchmarks.rounds import (
     ratio_table,
     refresh,
     rounded,
+    settle,
     speed_table,
     timed,
 )
 from benchmarks.workload import Workload, make_workload
-from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 
 NONE = "no prompt"
@@ -35,7 +35,7 @@ GOALS = {20: "≥ 0.97", 100: "≥ 0.93"}
 def main() -> None:
     args = _parse()
     machine = describe_machine()
-    backbone = Backbone.load(backbone_folder(args), dtype=args.dtype)
+    backbone = load_backbone(args)
     embeddings = embeddings_of(backbone)
 
     def workload(num_prompts: int, k: int) -> Workload:
@@ -61,8 +61,9 @@ def main() -> None:
             load = refresh(loads[name], backbone.vocab_size, seed=args.seed, number=number)
             return timed(lambda: engine.run(load))
 
-        for load in loads.values():
-            engine.run(load)
+        for name in loads:
+            run(name, args.rounds)
+        settle(backbone, partial(run, NONE))
         seconds = interleave({name: partial(run, name) for name in loads}, args.rounds)
     ratios = {
         f"{name} ÷ {NONE}": ratio(seconds[NONE], seconds[name], goal=GOALS.get(k, "")) for k, name in many.items()

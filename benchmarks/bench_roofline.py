@@ -14,8 +14,18 @@ from typing import Any
 from benchmarks.decode_timer import DecodeTimer, StepTimes
 from benchmarks.machine import describe_machine, report
 from benchmarks.roofline import Machine, Work, count_work, measure_machine
-from benchmarks.rounds import Ratio, backbone_folder, embeddings_of, make_parser, parse, plain, ratio, ratio_table
-from server.engine.backbone import Backbone
+from benchmarks.rounds import (
+    Ratio,
+    backbone_folder,
+    embeddings_of,
+    load_backbone,
+    make_parser,
+    parse,
+    plain,
+    ratio,
+    ratio_table,
+    settle,
+)
 from server.engine.checkpoint import DTYPES
 from server.engine.config import EngineConfig
 
@@ -26,7 +36,7 @@ def main() -> None:
     args = _parse()
     machine = describe_machine()
     folder = backbone_folder(args)
-    backbone = Backbone.load(folder, dtype=args.dtype)
+    backbone = load_backbone(args)
     dtype = DTYPES[backbone.dtype_name]
     work = count_work(folder, dtype)
     embeddings = embeddings_of(backbone)
@@ -34,8 +44,12 @@ def main() -> None:
     steps: dict[int, list[StepTimes]] = {rows: [] for rows in args.rows}
     config = EngineConfig(max_rows=max(args.rows), audit_share=0.0)
     with DecodeTimer(backbone, config, embeddings, k=args.k, seed=args.seed) as timer:
-        for rows in args.rows:
-            timer.measure(rows, num_steps=args.steps)
+
+        def warm_up(_: int) -> None:
+            for rows in args.rows:
+                timer.measure(rows, num_steps=args.steps)
+
+        settle(backbone, warm_up, runs=1)
         for _ in range(args.rounds):
             limits.append(measure_machine(backbone.device, dtype, quick=args.quick))
             for rows in args.rows:

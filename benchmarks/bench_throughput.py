@@ -20,6 +20,7 @@ from benchmarks.rounds import (
     backbone_folder,
     embeddings_of,
     interleave,
+    load_backbone,
     make_parser,
     parse,
     plain,
@@ -27,11 +28,11 @@ from benchmarks.rounds import (
     ratio_table,
     refresh,
     rounded,
+    settle,
     speed_table,
     timed,
 )
 from benchmarks.workload import Workload, make_workload
-from server.engine.backbone import Backbone
 from server.engine.checkpoint import DTYPES
 from server.engine.config import EngineConfig
 
@@ -48,7 +49,7 @@ def main() -> None:
     args = _parse()
     machine = describe_machine()
     folder = backbone_folder(args)
-    backbone = Backbone.load(folder, dtype=args.dtype)
+    backbone = load_backbone(args)
     embeddings = embeddings_of(backbone)
     loads = {
         lengths: make_workload(
@@ -94,6 +95,8 @@ def main() -> None:
 
         for (lengths, _), system in systems.items():
             system(Workload(loads[lengths].prompts, loads[lengths].requests[:8]))
+        for lengths in loads:
+            settle(backbone, partial(run, (lengths, MUX)))
         seconds = interleave({f"{system[0]}: {system[1]}": partial(run, system) for system in systems}, args.rounds)
     num_tokens = {name: loads[name.partition(":")[0]].num_new_tokens for name in seconds}
     ours, theirs = answers["fixed", MUX], answers["fixed", PEFT]

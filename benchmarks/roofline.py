@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from server.engine.packed_weights import pack, usable_forms
+
 # Far beyond any last-level cache, so that memory is what is measured.
 READ_BYTES = 512 << 20
 GEMM_SIZES = (1024, 2048, 4096)
@@ -22,7 +24,9 @@ GEMM_SIZES = (1024, 2048, 4096)
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`read_bytes_per_s`: best of three ways to read `READ_BYTES`. `flops_per_s`: best product of square matrices."""
+    """`read_bytes_per_s`: best of three ways to read `READ_BYTES`. `flops_per_s`: best product of a large square matrix
+    with as many rows, or with 64, by torch or by one of the engine's own forms of weights.
+    """
 
     read_bytes_per_s: float
     flops_per_s: float
@@ -57,9 +61,16 @@ def measure_machine(device: torch.device, dtype: torch.dtype, *, repeats: int = 
     for size in GEMM_SIZES[:1] if quick else GEMM_SIZES:
         left = torch.randn(size, size, dtype=dtype, device=device)
         right = torch.randn(size, size, dtype=dtype, device=device)
-        for product in (torch.matmul, torch.nn.functional.linear):
-            seconds = _best_s(partial(product, left, right), device, repeats)
-            flops_per_s = max(flops_per_s, 2 * size**3 / seconds)
+        products: list[tuple[int, Callable[[], object]]] = [
+            (size, partial(torch.matmul, left, right)),
+            (size, partial(torch.nn.functional.linear, left, right)),
+        ]
+        # The engine's own packed weights too: a limit that the engine could pass would be none.
+        for form in usable_forms(dtype, device, "none"):
+            packed = pack(form, [right], [None], "none")
+            products += [(rows, partial(packed.multiply, left[:rows])) for rows in (64, size)]
+        for rows, product in products:
+            flops_per_s = max(flops_per_s, 2 * rows * size**2 / _best_s(product, device, repeats))
     return Machine(read_bytes_per_s, flops_per_s)
 
 

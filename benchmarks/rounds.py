@@ -24,6 +24,10 @@ from server.embedded import default_cache_dir, ensure_embedded_backbone
 from server.engine.backbone import Backbone
 from server.engine.checkpoint import DTYPES
 
+FIRST_SETTLING_ROUND = 1_000_000
+SETTLING_RUNS = 5
+"""Each size of step is tried both ways four times."""
+
 Seconds = dict[str, list[float]]
 
 
@@ -65,6 +69,24 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def backbone_folder(args: argparse.Namespace) -> str:
     """The folder of `--backbone`, else of the embedded backbone, converted if need be."""
     return args.backbone or str(ensure_embedded_backbone(default_cache_dir(), progress=True))
+
+
+def load_backbone(args: argparse.Namespace, **options: Any) -> Backbone:
+    """The backbone of `--backbone` in `--dtype`, with the project's cache for what is compiled."""
+    options = {"dtype": args.dtype} | options
+    return Backbone.load(backbone_folder(args), cache_dir=default_cache_dir(), **options)
+
+
+def settle(backbone: Backbone, run: Callable[[int], object], *, runs: int = SETTLING_RUNS) -> None:
+    """Run until steps are served as they will be while they are timed: compiled, where that was seen to be faster.
+
+    `run` is given round numbers that no timed round has.
+    """
+    run(FIRST_SETTLING_ROUND)
+    while backbone.compiled_state == "compiling":
+        time.sleep(0.5)
+    for number in range(FIRST_SETTLING_ROUND + 1, FIRST_SETTLING_ROUND + 1 + runs):
+        run(number)
 
 
 def embeddings_of(backbone: Backbone) -> npt.NDArray[np.float32]:
