@@ -7,6 +7,7 @@
 # CUDA makes the image several gigabytes smaller), else from pip's default index, as the cuda target does.
 #
 # It runs as an unprivileged user and needs no writable root: /data (prompts, keys) and /cache are volumes, /tmp a tmpfs.
+# Code is loaded from /cache, which must not be mounted noexec; /tmp may be, and a plain `--tmpfs /tmp` is.
 # It listens on all addresses of the container, so it starts only once the store has a key:
 #
 #   docker run --rm -v promptmux-data:/data promptmux:cpu keys create --scope infer --scope write

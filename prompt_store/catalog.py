@@ -137,6 +137,13 @@ class Catalog:
         with self._database.reading() as session:
             return [rows.to_version(task, row) for task, row in session.execute(query)]
 
+    def has_prefix(self, tenant: str, prefix_key: str) -> bool:
+        """Whether any version of any of the tenant's tasks has this prefix key."""
+        query = select(VersionRow.id).join(TaskRow, VersionRow.task_id == TaskRow.id)
+        query = query.where(TaskRow.tenant == tenant, TaskRow.deleted_at.is_(None), VersionRow.prefix_key == prefix_key)
+        with self._database.reading() as session:
+            return session.scalars(query.limit(1)).first() is not None
+
     def update_task(
         self,
         tenant: str,

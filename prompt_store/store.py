@@ -45,10 +45,9 @@ _MAX_PAGE = 1000
 
 
 class PromptStore:
-    """Prompts, tasks and keys in one folder. Made by `open`; all methods may be called from any thread.
-
-    Every method raises PromptStoreErrors only: StorageFailed when the folder cannot be read or written, StorageFull
-    when there is no space left, and what its own docstring says.
+    """Prompts, tasks and keys in one folder. Made by `open`; all methods may be called from any thread. They raise
+    PromptStoreErrors only: StorageFailed when the folder cannot be read or written, StorageFull when there is no space
+    left, and what their own docstrings say.
     """
 
     def __init__(
@@ -247,6 +246,10 @@ class PromptStore:
     def pinned_versions(self) -> list[PromptVersion]:
         """The active versions of pinned tasks, of all tenants."""
         return self._catalog.pinned_versions()
+
+    def has_prefix(self, tenant: str, prefix_key: str) -> bool:
+        """Whether any version of the tenant's has this `prefix_key`: two versions with the same file have the same."""
+        return self._catalog.has_prefix(tenant, prefix_key)
 
     def delete_version(self, tenant: str, task: str, version: int, *, actor: str = "") -> None:
         """Its number is not used again. Raises TaskNotFound, or VersionActive for the active one."""

@@ -64,7 +64,7 @@ class EchoBackbone:
     fingerprint = "f" * 64
     kernel: Literal["gather"] = "gather"
     quantization: Literal["none"] = "none"
-    compiled_state = "off"
+    compiled_state: Literal["off"] = "off"
     path: Literal["packed", "dense"] = "packed"
     dtype_name = "float32"
     device_name = "cpu"

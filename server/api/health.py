@@ -9,6 +9,7 @@ from starlette.responses import Response
 from server import __version__
 from server.api.common_schemas import ErrorResponse
 from server.api.dependencies import AnyRuntime
+from server.engine.status import CompiledState
 
 router = APIRouter(tags=["health"])
 
@@ -32,7 +33,7 @@ class ServedBackbone(BaseModel):
     max_model_len: int
     kernel: Literal["native", "triton", "gather"]
     quantization: Literal["none", "int8"]
-    compiled: str
+    compiled: CompiledState
 
 
 class Version(BaseModel):

@@ -117,8 +117,8 @@ async def update_task(task: str, body: TaskUpdate, runtime: ReadyRuntime, caller
 async def delete_task(task: str, runtime: ReadyRuntime, caller: CurrentCaller) -> Deleted:
     """All its versions with it; the name cannot be used again.
 
-    Rows in flight finish if their prompt has been read: they hold its prefix, or wait for one that is being made. Those
-    whose prompt was still to be read get 404.
+    Rows in flight finish if they hold the prompt's prefix or its numbers are in memory. Those whose prompt had still
+    to be read get 404.
     """
     await runtime.call(runtime.parts.tasks.delete_task, caller, task)
     return Deleted(object="task", task=task)
@@ -162,8 +162,8 @@ async def get_version(task: str, version: VersionNumber, runtime: ReadyRuntime, 
 async def delete_version(task: str, version: VersionNumber, runtime: ReadyRuntime, caller: CurrentCaller) -> Deleted:
     """409 for the active one.
 
-    Rows in flight finish if their prompt has been read: they hold its prefix, or wait for one that is being made. Those
-    whose prompt was still to be read get 404.
+    Rows in flight finish if they hold the prompt's prefix or its numbers are in memory. Those whose prompt had still
+    to be read get 404.
     """
     await runtime.call(runtime.parts.tasks.delete_version, caller, task, version)
     return Deleted(object="prompt_version", task=task, version=version)

@@ -1,7 +1,8 @@
 """One measurement from warm-up to the last answer. Owns the order of things; refuses to know who answers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import itertools
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from server.bench.server_metrics import StepStats
 from server.bench.workload import BenchRequest
 
 SETTLE_S = 0.1
+MAX_SETTLING_ROUNDS = 8
 
 Look = Callable[[], Awaitable[str | None]]
 
@@ -35,29 +37,39 @@ async def measure(
     requests: Iterable[BenchRequest],
     plan: LoadPlan,
     *,
-    warm_up: Sequence[BenchRequest],
+    warm_up: Iterator[Sequence[BenchRequest]],
     warm_up_concurrency: int,
+    is_settled: Callable[[], bool] = lambda: True,
     read_metrics: Look,
     around: AbstractContextManager[object],
     on_record: Callable[[RequestRecord], None] = lambda record: None,
 ) -> Measurement:
     """Sends the warm-up, which is not counted, and then the load.
 
+    `warm_up` yields the requests of a round, other ones each time, or none where there is to be no warm-up. Rounds are
+    sent until `is_settled`: one at least, `MAX_SETTLING_ROUNDS` at most.
     `read_metrics` gives the server's metrics as exposition text. `around` is entered for the load alone, such as a
     profiler. Raises WarmUpError.
     """
-    if warm_up:
-        warm_plan = LoadPlan(concurrency=warm_up_concurrency, num_requests=len(warm_up))
-        warm = await run_load(target, warm_up, warm_plan)
-        failures = [record.failure for record in warm.records if record.failure is not None]
-        if len(failures) == len(warm_up):
-            raise WarmUpError(failures[0])
+    for requests_of_round in itertools.islice(warm_up, MAX_SETTLING_ROUNDS):
+        await _warm_up(target, requests_of_round, warm_up_concurrency)
+        if is_settled():
+            break
     with around:
         # Entering and leaving a profiler take seconds, which must not fall into a step that is still being timed.
         before = await _look(read_metrics)
         result = await run_load(target, requests, plan, on_record)
         after = await _look(read_metrics)
     return Measurement(result=result, steps=_steps(before, after))
+
+
+async def _warm_up(target: Target, requests: Sequence[BenchRequest], concurrency: int) -> None:
+    if not requests:
+        return
+    warm = await run_load(target, requests, LoadPlan(concurrency=concurrency, num_requests=len(requests)))
+    failures = [record.failure for record in warm.records if record.failure is not None]
+    if len(failures) == len(requests):
+        raise WarmUpError(failures[0])
 
 
 async def _look(read_metrics: Look) -> str | None:

@@ -23,13 +23,14 @@ from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.request import PromptRef, RowOutput, RowRequest, SamplingParams
-from server.errors import PromptmuxError
+from server.errors import EngineFailedError, PromptmuxError
 from server.metrics import Metrics
 
 Prompts = Sequence[npt.NDArray[np.float32]]
 
 _TENANT = "bench"
 _STOP_TIMEOUT_S = 30.0
+_LOOK_S = 1.0
 
 
 @dataclass(slots=True)
@@ -67,16 +68,21 @@ class OfflineEngine:
         for key in self._prompts:
             self._engine.evict(key)
         while any(self._engine.residency(key) != "store" for key in self._prompts):
+            self._check_alive()
             time.sleep(0.01)
 
     def run(self, workload: Workload) -> list[list[int]]:
-        """Submit everything at once; returns the new tokens of each request. Raises what a row ended with."""
+        """Submit everything at once; returns the new tokens of each request.
+
+        Raises what a row ended with, EngineFailedError when the engine ends before them.
+        """
         refs = self.register(workload.prompts)
         ended = threading.Semaphore(0)
         rows = [_OpenRow(ended.release) for _ in workload.requests]
         self._submit(workload.requests, refs, rows)
         for _ in rows:
-            ended.acquire()
+            while not ended.acquire(timeout=_LOOK_S):
+                self._check_alive()
         for row in rows:
             if row.error is not None:
                 raise row.error
@@ -116,7 +122,10 @@ class OfflineEngine:
         except PromptmuxError as error:
             row.error, row.ended_s = error, time.monotonic()
         else:
-            await ended.wait()
+            try:
+                await self._end_of(ended)
+            except EngineFailedError as error:
+                row.error, row.ended_s = error, time.monotonic()
         failure = None
         if row.error is not None:
             failure = Failure(kind=row.error.code, message=row.error.message, status=row.error.status)
@@ -126,6 +135,19 @@ class OfflineEngine:
             num_cached_tokens=row.num_cached_tokens,
             failure=failure,
         )
+
+    async def _end_of(self, ended: asyncio.Event) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), _LOOK_S)
+                return
+            self._check_alive()
+
+    def _check_alive(self) -> None:
+        """Raises EngineFailedError when nobody is left who could end a row."""
+        failure = self._engine.status().failure
+        if failure is not None:
+            raise EngineFailedError(f"the engine has failed: {failure}")
 
     def _submit(self, requests: Sequence[BenchRequest], refs: Sequence[PromptRef], rows: Sequence[_OpenRow]) -> None:
         """Raises what the engine refuses rows with; none of them runs then."""

@@ -56,7 +56,7 @@ class OnlineTarget:
         """The text of `/metrics`; None where it cannot be read: it may be kept from clients."""
         try:
             response = await self._http.get("/metrics")
-        except httpx.TransportError:
+        except httpx.RequestError:
             return None
         return response.text if response.is_success else None
 
@@ -70,6 +70,9 @@ class OnlineTarget:
             failure = _failure(TIMEOUT, error)
         except httpx.TransportError as error:
             failure = _failure(CONNECTION_LOST, error)
+        except httpx.RequestError as error:
+            # A body that is not what its headers say (httpx.DecodingError).
+            failure = _failure(BAD_STREAM, error)
         return Answer(
             token_times_s=stream.token_times_s,
             ended_s=stream.now(),

@@ -23,7 +23,7 @@ from server.bench.plots import PlotsUnavailableError, require_matplotlib, write_
 from server.bench.profiling import Profiler
 from server.bench.report import Report
 from server.bench.summary import Slo, summarize
-from server.bench.workload import Lengths, PromptPicker, RequestSource, WorkloadError
+from server.bench.workload import BenchRequest, Lengths, PromptPicker, RequestSource, WorkloadError
 from server.cli.bench_targets import OfflineOptions, OnlineOptions, offline_target, online_target
 from server.cli.output import ExitCode, fail, print_json, print_table, say, to_stderr
 
@@ -91,6 +91,10 @@ async def _measure(
             duration_s=options.duration_s,
             seed=options.seed,
         )
+        num_warm_up = options.warm_up
+        if num_warm_up and target.is_compiled:
+            # Steps of every size that the load will have are to be on trial before it.
+            num_warm_up = max(num_warm_up, options.concurrency or 0)
         profiler = Profiler(options.profile_file) if options.profile_file is not None else None
         try:
             with _progress(plan) as on_record:
@@ -99,8 +103,9 @@ async def _measure(
                     source(options.seed),
                     plan,
                     # Other tokens than those that are measured: a cache of texts must not know them already.
-                    warm_up=source(options.seed, _WARM_UP_SEED).take(options.warm_up),
-                    warm_up_concurrency=options.concurrency or max(options.warm_up, 1),
+                    warm_up=_rounds(source(options.seed, _WARM_UP_SEED), num_warm_up),
+                    warm_up_concurrency=options.concurrency or max(num_warm_up, 1),
+                    is_settled=target.is_settled,
                     read_metrics=target.read_metrics,
                     around=profiler or contextlib.nullcontext(),
                     on_record=on_record,
@@ -109,6 +114,7 @@ async def _measure(
             _fail_warm_up(error.failure)
         except OSError as error:
             fail(f"cannot write the trace: {error}")
+        description = target.describe()
     slo = Slo(
         ttft_s=None if options.slo_ttft_ms is None else options.slo_ttft_ms / 1e3,
         itl_s=None if options.slo_itl_ms is None else options.slo_itl_ms / 1e3,
@@ -117,7 +123,7 @@ async def _measure(
         mode=target.mode,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seed=options.seed,
-        target=target.description,
+        target=description,
         options={
             "loop": "closed" if options.rate is None else "open",
             "concurrency": options.concurrency,
@@ -138,6 +144,11 @@ async def _measure(
         operators=profiler.operators if profiler is not None else None,
     )
     return report, measured
+
+
+def _rounds(source: RequestSource, count: int) -> Iterator[list[BenchRequest]]:
+    while True:
+        yield source.take(count)
 
 
 def _check_outputs(options: BenchOptions) -> None:

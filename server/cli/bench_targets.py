@@ -3,10 +3,11 @@
 Owns the way from options to a target that is ready, and what the report says of it. Refuses to know the load.
 """
 
+import asyncio
 import dataclasses
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +19,28 @@ from server.bench.measurement import Look
 from server.cli.http_client import TaskClient
 from server.cli.output import ExitCode, fail, to_stderr
 from server.cli.setting_flags import resolve_or_fail
+from server.engine.config import EngineConfig
 from server.settings import Settings
+
+_LOOK_S = 0.2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BenchTarget:
-    """A target that answers. Prompts are known by index; client tokens are ids below `vocab_size`."""
+    """A target that answers. Prompts are known by index; client tokens are ids below `vocab_size`.
+
+    `describe` says what was measured, once it has been. `is_compiled`: there are compiled steps, which are on trial
+    until `is_settled`.
+    """
 
     mode: Literal["offline", "online"]
     target: Target
     read_metrics: Look
     num_prompts: int
     vocab_size: int
-    description: Mapping[str, Any]
+    describe: Callable[[], Mapping[str, Any]]
+    is_compiled: bool = False
+    is_settled: Callable[[], bool] = lambda: True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +95,7 @@ async def online_target(options: OnlineOptions) -> AsyncIterator[BenchTarget]:
             num_prompts=len(tasks),
             vocab_size=options.vocab_size,
             # A name and a password may stand before the host.
-            description={"url": str(httpx.URL(options.url).copy_with(userinfo=b"")), **version},
+            describe=lambda: {"url": str(httpx.URL(options.url).copy_with(userinfo=b"")), **version},
         )
 
 
@@ -112,12 +122,19 @@ async def offline_target(options: OfflineOptions) -> AsyncIterator[BenchTarget]:
     assert isinstance(backbone, Backbone)
     weight: Any = backbone.model.get_input_embeddings().weight
     embeddings = weight.detach().float().cpu().numpy()
+    config = _engine_config(settings, k)
     try:
-        engine = OfflineEngine(backbone, _engine_config(settings, k))
+        engine = OfflineEngine(backbone, config)
+    except BackboneError as error:
+        fail(str(error), code=ExitCode.USAGE, hint="--deterministic off serves it")
     except ValueError as error:
         fail(str(error), code=ExitCode.USAGE, hint="more --kv-cache-bytes, or a smaller --max-model-len")
     prompts = RandomPrompts(embeddings, num_prompts=num_prompts, k=k, seed=options.seed + 1)
     with engine:
+        with to_stderr().status("compiling steps"):
+            # The state is a thread's, that sets no event.
+            while backbone.compiled_state == "compiling":  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_S)
 
         async def read_metrics() -> str:
             return engine.metrics.render()[0].decode()
@@ -128,11 +145,13 @@ async def offline_target(options: OfflineOptions) -> AsyncIterator[BenchTarget]:
             read_metrics=read_metrics,
             num_prompts=num_prompts,
             vocab_size=len(embeddings),
-            description=_describe(backbone, settings, k if num_prompts else 0),
+            describe=lambda: _describe(backbone, config, k if num_prompts else 0),
+            is_compiled=backbone.compiled_state == "trial",
+            is_settled=lambda: backbone.is_settled,
         )
 
 
-def _engine_config(settings: Settings, k: int) -> Any:
+def _engine_config(settings: Settings, k: int) -> EngineConfig:
     """The engine's part of the settings, with room for the prompts' virtual tokens."""
     from server.app import make_engine_config
 
@@ -140,11 +159,9 @@ def _engine_config(settings: Settings, k: int) -> Any:
     return dataclasses.replace(config, max_virtual_tokens=max(settings.max_virtual_tokens, k))
 
 
-def _describe(backbone: Any, settings: Settings, k: int) -> dict[str, Any]:
+def _describe(backbone: Any, config: EngineConfig, k: int) -> dict[str, Any]:
     import torch
 
-    shown = {"num_threads": torch.get_num_threads(), "max_rows": settings.max_rows}
-    shown |= {"max_step_tokens": settings.max_step_tokens, "prefill_chunk": settings.prefill_chunk}
     return {
         "backbone": {
             "name": backbone.name,
@@ -153,7 +170,24 @@ def _describe(backbone: Any, settings: Settings, k: int) -> dict[str, Any]:
             "dtype": backbone.dtype_name,
             "device": backbone.device_name,
             "max_model_len": backbone.max_model_len,
+            "kernel": backbone.kernel,
+            "quantization": backbone.quantization,
+            "weight_form": backbone.linears.form if backbone.linears is not None else None,
+            "compiled": backbone.compiled_state,
+            "compiled_sizes": backbone.compiled_sizes,
         },
         "virtual_tokens": k,
-        "engine": shown,
+        # By the names that the settings have.
+        "engine": {
+            "num_threads": torch.get_num_threads(),
+            "max_rows": config.max_rows,
+            "max_step_tokens": config.max_step_tokens,
+            "prefill_chunk": config.prefill_chunk,
+            "deterministic": config.is_deterministic,
+            "text_cache": config.keeps_texts,
+            "audit_share": config.audit_share,
+            "kv_cache_bytes": config.kv_cache_bytes,
+            "prefix_cache_bytes": config.prefix_cache_bytes,
+            "host_prompt_bytes": config.host_prompt_bytes,
+        },
     }

@@ -41,16 +41,18 @@ from server.engine.gate import (
 from server.engine.kernels.choose import choose_kernel
 from server.engine.kernels.native import NativeUnavailableError, load_native
 from server.engine.kv import KeysValues, KvPool, bytes_per_token
-from server.engine.linear import LinearError, LinearReport, prepare_linears
+from server.engine.linear import LinearError, LinearReport, ProbeError, prepare_linears
 from server.engine.model_limits import (
     context_length,
     embeddings_fault,
-    fix_temperature,
+    freeze,
     hidden_size,
     num_windowed_layers,
 )
+from server.engine.own_thread import run_in_own_thread
 from server.engine.packed_weights import Quantization
 from server.engine.plan import StepPlan
+from server.engine.status import CompiledState
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +77,7 @@ class Backbone:
 
         `quantization` says what was done to its weights before (`prepare_linears`).
         """
-        model.train(False)
-        self.model = model.requires_grad_(False)
+        self.model = freeze(model)
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
@@ -86,7 +87,6 @@ class Backbone:
         self.hidden_size = hidden_size(model)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.max_model_len = context_length(model, max_model_len)
-        fix_temperature(model)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.kernel, kernel = choose_kernel(self.device)
         self._context = StepContext(kernel)
@@ -94,6 +94,8 @@ class Backbone:
         self.path: Literal["packed", "dense"]
         self.path, self._forward, self.gate = self._choose_forward()
         self.layers = self._forward.layers
+        self.linears: LinearReport | None = None
+        """What `load` did to the weights of linear layers; None where they are as transformers made them."""
         self._compiled: CompiledForward | None = None
 
     @classmethod
@@ -114,23 +116,54 @@ class Backbone:
         one. `quantization` "int8" stores the weights of linear layers in 8 bits (CPU only). `cache_dir` keeps the
         fingerprint and compiled steps. Raises BackboneError.
         """
+        return run_in_own_thread(
+            lambda: cls._load(
+                source,
+                dtype=dtype,
+                device=device,
+                max_model_len=max_model_len,
+                cache_dir=cache_dir,
+                name=name,
+                quantization=quantization,
+            )
+        )
+
+    @classmethod
+    def _load(
+        cls,
+        source: str,
+        *,
+        dtype: str,
+        device: str,
+        max_model_len: int | None,
+        cache_dir: Path | None,
+        name: str | None,
+        quantization: Quantization,
+    ) -> "Backbone":
         chosen_device = choose_device(device)
         chosen_dtype = choose_dtype(dtype, chosen_device)
+        if quantization == "int8" and chosen_device.type != "cpu":
+            raise BackboneError(f"quantization int8 is for backbones on the CPU, not on {chosen_device}")
         if chosen_device.type == "cpu" and cache_dir is not None:
             # Where there is none, `choose_kernel` says so.
             with suppress(NativeUnavailableError):
                 load_native(cache_dir / "native")
         folder = resolve_folder(source)
         refuse_shipped_code(folder)
+        model, tokenizer = _read(source, folder, chosen_dtype, chosen_device)
+        linears: LinearReport | None = None
         try:
-            model, tokenizer = load_folder(folder, chosen_dtype)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BackboneError(f"{source} could not be loaded: {error}") from error
-        torch.nn.Module.to(model, chosen_device)
-        try:
-            linears = prepare_linears(model.train(False).requires_grad_(False), quantization=quantization)
+            linears = prepare_linears(model, quantization=quantization)
+        except ProbeError as error:
+            raise BackboneError(f"{source} cannot be run: {error}") from error
         except LinearError as error:
-            raise BackboneError(f"{source}: {error}") from error
+            if quantization != "none":
+                raise BackboneError(f"{source}: {error}") from error
+            logger.warning("the weights of %s stay as they are: %s", source, error)
+        if linears is None:
+            # They may be half packed. Let go of first, so that there is room for them twice.
+            del model
+            model, tokenizer = _read(source, folder, chosen_dtype, chosen_device)
         backbone = cls(
             model,
             tokenizer,
@@ -139,7 +172,8 @@ class Backbone:
             max_model_len=max_model_len,
             quantization=quantization,
         )
-        backbone._offer_compiled(folder, linears, cache_dir)
+        backbone.linears = linears
+        backbone._offer_compiled(folder, cache_dir)
         return backbone
 
     @property
@@ -147,10 +181,19 @@ class Backbone:
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     @property
-    def compiled_state(self) -> str:
-        """ "off", or how far the compiled step is (`compiled.CompiledState`)."""
-        compiled = self._compiled
-        return compiled.state if compiled is not None and compiled.state != "idle" else "off"
+    def compiled_state(self) -> CompiledState:
+        """How far the compiled step is."""
+        return self._compiled.state if self._compiled is not None else "off"
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether steps are served as they will be: nothing is being compiled, or tried that was begun."""
+        return self._compiled is None or self._compiled.is_settled
+
+    @property
+    def compiled_sizes(self) -> list[int]:
+        """Sizes of steps that are served compiled: s stands for steps of s to 2s - 1 tokens."""
+        return self._compiled.faster_sizes if self._compiled is not None else []
 
     @property
     def device_name(self) -> str:
@@ -193,7 +236,7 @@ class Backbone:
             self._compiled.start()
 
     def stop_compiling(self) -> None:
-        """End what `start_compiling` began. No step may be running."""
+        """End what `start_compiling` began, for good: it cannot be started again. No step may be running."""
         if self._compiled is not None:
             self._compiled.stop()
 
@@ -206,6 +249,8 @@ class Backbone:
         BackboneError when the model's bits are seen to depend on the batch even so: experts, for instance, group the
         tokens of a batch themselves.
         """
+        if self.kernel == "triton":
+            _, self._context.kernel = choose_kernel(self.device, is_deterministic=max_rows is not None)
         if isinstance(self._forward, PackedForward):
             self._forward.decode_tokens = max_rows
             # What serves a step is chosen by time, which is no function of the row.
@@ -213,7 +258,7 @@ class Backbone:
         elif max_rows is not None:
             raise BackboneError(f"{self.name} runs on the dense path, which is not deterministic across batches")
         if max_rows is not None and not check_deterministic(
-            self._forward, max_rows, self.vocab_size, self.dtype, self.device
+            self._forward, max_rows, self.vocab_size, self.dtype, self.device, self.max_model_len
         ):
             raise BackboneError(
                 f"{self.name}: a row's logits depend on what shares its batch; it cannot be deterministic"
@@ -237,20 +282,21 @@ class Backbone:
         with self._stock_attention():
             return reference_logits(self.model, token_ids, vectors=vectors, prefix=prefix, num_logits=num_logits)
 
-    def _offer_compiled(self, folder: Path, linears: LinearReport, cache_dir: Path | None) -> None:
+    def _offer_compiled(self, folder: Path, cache_dir: Path | None) -> None:
         """Make compiled steps possible where they are known to help: packed, on CPU, weights of some size."""
         if (
             isinstance(self._forward, PackedForward)
             and self.kernel == "native"
             and cache_dir is not None
-            and linears.num_bytes >= MIN_COMPILED_BYTES
+            and self.linears is not None
+            and self.linears.num_bytes >= MIN_COMPILED_BYTES
         ):
             self._compiled = self._forward.compiled = CompiledForward(
                 self.model,
                 folder,
                 fingerprint=self.fingerprint,
                 dtype=self.dtype,
-                form=linears.form,
+                form=self.linears.form,
                 quantization=self.quantization,
                 cache_dir=cache_dir,
             )
@@ -325,6 +371,18 @@ class Backbone:
         if self._context.num_calls != expected_calls:
             raise UnsupportedModelError(f"attention was called {self._context.num_calls} times, not {expected_calls}")
         return packed, result
+
+
+def _read(
+    source: str, folder: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model on its device, and its tokenizer. Raises BackboneError."""
+    try:
+        model, tokenizer = load_folder(folder, dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BackboneError(f"{source} could not be loaded: {error}") from error
+    torch.nn.Module.to(model, device)
+    return freeze(model), tokenizer
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

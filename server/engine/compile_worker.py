@@ -1,27 +1,35 @@
 """Compiles a backbone's forward pass into a package, in a process of its own: `python -m server.engine.compile_worker`.
 
-Owns the export and the compiler's options. Refuses to serve anything: it reads one request as JSON on its standard
-input, writes the package, and ends. The graph holds one step for any number of tokens; products and attention are
-calls of `torch.ops.promptmux`, everything between them is fused by inductor (Ansel et al. 2024). Weights stay outside
-the package: whoever loads it hands in its own.
+Owns the export and the compiler's options. Refuses to serve anything: it reads one request, a line of JSON, on its
+standard input, writes the package, and ends. When that input is closed before, its parent is gone, and it ends at once.
+The graph holds one step for any number of tokens; products and attention are calls of `torch.ops.promptmux`, everything
+between them is fused by inductor (Ansel et al. 2024). Weights stay outside the package: whoever loads it hands in its
+own.
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
-import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 NICENESS = 10
+OOM_SCORE = 1000
+"""Whoever runs out of memory kills this process, and not the server."""
 
 _EXAMPLE_TOKENS, _EXAMPLE_LOGITS = 8, 5
 
 
 @dataclass(frozen=True, slots=True)
 class CompileRequest:
-    """What to compile. `handle` is the number under which the graph looks for its pool and its step."""
+    """What to compile. `handle` is the number under which the graph looks for its pool and its step.
+
+    `scratch` is a folder for this alone; `native_folder` is where the parent's native library lies.
+    """
 
     folder: str
     dtype: str
@@ -29,6 +37,8 @@ class CompileRequest:
     quantization: str
     handle: int
     package: str
+    scratch: str
+    native_folder: str
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -42,16 +52,19 @@ def compile_package(request: CompileRequest) -> None:
     from transformers import AutoModelForCausalLM
 
     from server.engine.attention import ATTENTION_NAME, StepContext, attach_context
+    from server.engine.built_files import publish
     from server.engine.forward import PackedForward
     from server.engine.kernels.native import load_native
     from server.engine.linear import prepare_linears
+    from server.engine.model_limits import freeze
 
-    torch.set_num_threads(1)
-    load_native()
+    # More than one, or inductor leaves the parallel regions out; how many there are is asked when the package runs.
+    torch.set_num_threads(2)
+    load_native(Path(request.native_folder))
     model: Any = AutoModelForCausalLM.from_pretrained(
         request.folder, dtype=getattr(torch, request.dtype), use_safetensors=True, attn_implementation="eager"
     )
-    model.train(False).requires_grad_(False)
+    freeze(model)
     quantization: Any = request.quantization
     form: Any = request.form
     prepare_linears(model, quantization=quantization, form=form)
@@ -63,15 +76,13 @@ def compile_package(request: CompileRequest) -> None:
     numbers: Any = _Numbers(range(len(layers)), range(len(layers)))
     no_batch: Any = request.handle
     context.pool, context.batch, context.kernel = numbers, no_batch, _attend_by_number
-    package = Path(request.package)
-    with tempfile.TemporaryDirectory(prefix=".compile-", dir=package.parent) as scratch, torch.no_grad():
-        exported = _export(model)
+    with torch.no_grad():
         made = aoti_compile_and_package(
-            exported,
-            package_path=str(Path(scratch) / "package.pt2"),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
+            _export(model),
+            package_path=str(Path(request.scratch) / "package.pt2"),
+            inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.dynamic_threads": True},
         )
-        Path(made).replace(package)
+    publish(Path(made), Path(request.package))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +146,21 @@ def _export(model: Any) -> Any:
     )
 
 
+def _end_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # the C++ compiler with it
+    os._exit(1)
+
+
 def main() -> None:
+    request = CompileRequest(**json.loads(sys.stdin.readline()))
     os.nice(NICENESS)
-    compile_package(CompileRequest(**json.loads(sys.stdin.read())))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    compile_package(request)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from prompt_store.manifest import SoftPrompt
 from server.engine.audit import Auditor
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
-from server.engine.memory import make_pool
 from server.engine.observer import EngineObserver, StepClock
 from server.engine.plan import StepPlan
 from server.engine.prefix import Residency
@@ -30,6 +29,7 @@ from server.engine.row_memory import RowMemory
 from server.engine.scheduler import Admission, ScheduledRow, Scheduler
 from server.engine.status import EngineStatus
 from server.engine.step import plan_step
+from server.engine.warm_up import warm_up
 from server.errors import (
     DrainingError,
     EngineFailedError,
@@ -60,10 +60,7 @@ class Engine:
         metrics: Metrics,
         load_prompt: Callable[[PromptRef], SoftPrompt],
     ) -> None:
-        """Raises ValueError when the memory for keys and values cannot hold what it must (`make_pool`), BackboneError
-        when determinism is asked for and the backbone cannot give it.
-        """
-        backbone.set_deterministic(config.max_rows if config.is_deterministic else None)
+        """Raises ValueError when memory is too small, BackboneError when determinism cannot be had (`warm_up`)."""
         self._backbone = backbone
         self._config = config
         self._metrics = metrics
@@ -73,9 +70,7 @@ class Engine:
         self._lock = threading.Lock()
         self._num_waiting = 0  # submitted and not yet admitted; under the lock
         self._rows: dict[str, Row] = {}
-        self._pool = make_pool(backbone, config)
-        if not config.is_deterministic:
-            backbone.capture_decode(self._pool, config.max_rows)
+        self._pool = warm_up(backbone, config)
         # Neither what was kept nor what was preempted is computed in the shapes that a row alone would give.
         self._memory = RowMemory(
             self._pool,
@@ -148,12 +143,15 @@ class Engine:
         self._post(lambda: self._cancel_rows(ids))
 
     def evict(self, prefix_key: str) -> None:
-        """Forget a deleted prompt, once the rows that were submitted with it have ended or hold its prefix."""
+        """Forget a deleted prompt, once the rows that were submitted with it have ended or hold its prefix.
+
+        Not if rows are submitted with it, or it is pinned, before that.
+        """
         self._post(lambda: self._intake.evict_when_unwanted(prefix_key))
 
     def pin(self, refs: Sequence[PromptRef]) -> None:
         """Keep exactly these prompts on the device, and bring those that are not there."""
-        self._post(lambda: self._prefixes.pin(refs))
+        self._post(lambda: self._intake.pin(refs))
 
     def residency(self, prefix_key: str) -> Residency:
         return self._prefixes.residency_of(prefix_key)
@@ -176,7 +174,10 @@ class Engine:
             self._is_draining = True
 
     def stop(self, timeout_s: float) -> None:
-        """Stop the loop after the current step. Rows that are left get an error output."""
+        """Stop the loop after the current step, for good. Rows that are left get an error output.
+
+        The backbone's compiled steps end with it: another engine over the same backbone runs uncompiled.
+        """
         with self._lock:
             self._is_stopping = True
         self._wake.set()
@@ -239,7 +240,7 @@ class Engine:
         for item in packed:
             # A client's text is offered as soon as it is computed: rows that wait now may begin with it.
             if item.row.state is RowState.RUNNING and item.num_tokens > 1 and item.row.num_uncomputed <= 1:
-                self._memory.keep_text(item.row)
+                self._keep_text(item.row)
         self._observer.step_done(packed, clock)
         return True
 
@@ -274,21 +275,17 @@ class Engine:
             self._scheduler.add(row)
             self._metrics.prompt_tokens_total.inc(row.num_prompt_tokens)
             if request.prompt is not None:
-                self._prefixes.prefetch(request.prompt)
+                self._intake.prefetch(request.prompt)
 
     def _try_admit(self, row: Row) -> Admission:
         prompt = row.request.prompt
-        if prompt is not None and row.prefix is None and prompt.prefix_key not in self._prefixes.device:
-            self._prefixes.bring(prompt)
-            return Admission.PREFIX_NOT_READY
-        prefix = row.prefix
-        if prompt is not None and prefix is None:
-            prefix = self._prefixes.acquire(prompt)
-        if not self._memory.admit(row, prefix):
-            if prefix is not None and row.prefix is None:
-                self._prefixes.device.release(prefix)
+        if prompt is not None and row.prefix is None:
+            row.prefix = self._prefixes.acquire(prompt)
+            if row.prefix is None:
+                return Admission.PREFIX_NOT_READY
+        if not self._memory.admit(row, row.prefix):
+            # It keeps its prefix: had it to wait for that again, rows behind it would take the room it waits for.
             return Admission.NO_ROOM
-        row.prefix = prefix
         if row.num_preemptions:
             return Admission.ADMITTED
         with self._lock:
@@ -301,12 +298,20 @@ class Engine:
     def _preempt(self, row: Row) -> None:
         """Take a running row's pages; it waits, and computes its tokens again when there is room."""
         logger.info("row %s gives way: pages are short", row.row_id)
-        self._memory.keep_text(row)
+        self._keep_text(row)
         self._memory.release(row)
         row.num_computed = 0
         row.num_preemptions += 1
         row.pending_prompt_logprobs.clear()
         self._metrics.num_preemptions_total.inc()
+
+    def _keep_text(self, row: Row) -> None:
+        """Offer what the row has computed to later rows; nothing of it when its pages are not what it says."""
+        try:
+            self._memory.keep_text(row)
+        except RuntimeError as error:
+            self._metrics.isolation_violations_total.inc()
+            logger.critical("isolation violation: row %s: its text is not kept: %s", row.row_id, error)
 
     def _emit(self, row: Row, output: RowOutput) -> None:
         self._outputs.append(output)
@@ -317,29 +322,27 @@ class Engine:
 
     def _end_row(self, row: Row, *, finish_reason: str | None = None, error: PromptmuxError | None = None) -> None:
         text = row.text.finish() if error is None else ""
-        self._emit(
-            row,
-            RowOutput(
-                row_id=row.row_id,
-                text=text,
-                finish_reason=finish_reason,
-                error=error,
-            ),
-        )
+        self._emit(row, RowOutput(row_id=row.row_id, text=text, finish_reason=finish_reason, error=error))
 
     def _retire(self, row: Row, output: RowOutput) -> None:
         """Take an ended row out of everything: queue or batch, pages, prefix."""
         if row.first_scheduled_at_s is None:
             with self._lock:
                 self._num_waiting -= 1
-        prefix, row.prefix = row.prefix, None
         self._scheduler.remove(row)
         if row.pages is not None:
             if output.error is None:
-                self._memory.keep_text(row)
+                self._keep_text(row)
             self._memory.release(row)
+        prefix, row.prefix = row.prefix, None
         if prefix is not None:
-            self._prefixes.device.release(prefix)
+            try:
+                self._prefixes.device.release(prefix)
+            except RuntimeError:
+                # A row that was ended because of its prefix may have none to give back; the others go on.
+                if not isinstance(output.error, IsolationError):
+                    raise
+                logger.critical("isolation violation: row %s: its prefix is not its own", row.row_id, exc_info=True)
         del self._rows[row.row_id]
         self._observer.row_ended(row, output)
         if output.finish_reason in (FINISH_STOP, FINISH_LENGTH) and row.is_audited:

@@ -10,11 +10,13 @@ function fail the first.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from server.engine.forward import Forward, reference_logits
 from server.engine.kv import KvPool, num_pages_for
+from server.engine.pages import PAGE_SIZE, PageNumbers
 from server.engine.plan import PlanEntry, build_plan
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
@@ -25,6 +27,11 @@ NUM_PASSES = 5
 
 _LONG, _SHORT = 21, 5
 """The longer row takes more than one page of the pool."""
+
+_UNDIVIDED_COLUMNS, _DIVIDED_COLUMNS = 32, 320
+"""On CUDA a row alone in its batch is divided from 256 columns on (`triton_attention.MIN_SPLIT_COLUMNS`)."""
+
+_NUM_TEXTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +78,37 @@ def gate_references(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> li
 
 @torch.inference_mode()
 def check_deterministic(
-    forward: Forward, max_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+    forward: Forward, max_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, max_columns: int
 ) -> bool:
-    """Whether a decoding row's logits have the same bits at any place of any batch of up to `max_rows` rows."""
-    generator = torch.Generator().manual_seed(20)
-    texts = torch.randint(0, vocab_size, (max_rows, _LONG), generator=generator).tolist()
-    pages_each = num_pages_for(_LONG + 1)
+    """Whether a decoding row's logits have the same bits at any place of any batch of up to `max_rows` rows.
+
+    The rows have columns enough (of `max_columns` that the model has) for a kernel to divide them. There are a few
+    texts only, which rows read in common, so that time and memory do not grow with `max_rows`.
+    """
+    wanted = _DIVIDED_COLUMNS if device.type == "cuda" else _UNDIVIDED_COLUMNS
+    num_text_pages = min(wanted, max_columns - 1) // PAGE_SIZE
+    num_columns = num_text_pages * PAGE_SIZE
+    num_texts = min(_NUM_TEXTS, max_rows)
     pool = KvPool(
-        forward.layers, row_pages=pages_each * max_rows, prefix_pages=0, dtype=dtype, device=device, poison_freed=True
+        forward.layers,
+        row_pages=num_texts * num_text_pages + max_rows,
+        prefix_pages=0,
+        dtype=dtype,
+        device=device,
+        poison_freed=True,
     )
-    texts_in, entries = [], []
-    for serial, text in enumerate(texts, start=1):
-        pages = pool.allocate(serial, pages_each)
-        if pages is None:
-            raise RuntimeError("the gate's own pages do not fit")
-        texts_in.append(PlanEntry(pages, 0, text, logits_from=_LONG))
-        entries.append(PlanEntry(pages, _LONG, text[:1], logits_from=0))
-    forward.run(pool, build_plan(texts_in)[0])
+    generator = torch.Generator().manual_seed(20)
+    texts = torch.randint(0, vocab_size, (num_texts, num_columns), generator=generator).tolist()
+    text_pages = [_allocate(pool, serial, num_text_pages) for serial in range(1, num_texts + 1)]
+    if num_columns:
+        for text, pages in zip(texts, text_pages, strict=True):
+            forward.run(pool, build_plan([PlanEntry(pages, 0, text, logits_from=num_columns)])[0])
+    token_ids = torch.randint(0, vocab_size, (max_rows,), generator=generator).tolist()
+    entries = []
+    for index, token_id in enumerate(token_ids):
+        own = _allocate(pool, num_texts + 1 + index, 1)
+        pages = np.concatenate([text_pages[index % num_texts], own])
+        entries.append(PlanEntry(pages, num_columns, [token_id], logits_from=0))
     needle, others = entries[0], entries[1:]
     alone = forward.run(pool, build_plan([needle])[0])[0].clone()
     for num_others in {min(1, max_rows - 1), max_rows // 2, max_rows - 1}:
@@ -96,6 +117,13 @@ def check_deterministic(
             if not torch.equal(forward.run(pool, build_plan(rows)[0])[place], alone):
                 return False
     return True
+
+
+def _allocate(pool: KvPool, serial: int, count: int) -> PageNumbers:
+    pages = pool.allocate(serial, count)
+    if pages is None:
+        raise RuntimeError("the gate's own pages do not fit")
+    return pages
 
 
 def _check(
@@ -133,14 +161,12 @@ def _run(
     pool = KvPool(
         forward.layers, row_pages=pages_each * len(rows), prefix_pages=0, dtype=dtype, device=device, poison_freed=True
     )
-    tables = [pool.allocate(serial, pages_each) for serial in range(1, len(rows) + 1)]
+    tables = [_allocate(pool, serial, pages_each) for serial in range(1, len(rows) + 1)]
     found: list[list[torch.Tensor]] = [[] for _ in rows]
     for step in range(len(rows[0])):
         entries = []
         for row, pages in zip(rows, tables, strict=True):
             token_ids, start = row[step]
-            if pages is None:
-                raise RuntimeError("the gate's own pages do not fit")
             entries.append(PlanEntry(pages, start, token_ids, logits_from=0))
         plan, order = build_plan(entries)
         logits = forward.run(pool, plan).float()

@@ -2,9 +2,9 @@
 
 The plan says which memory each token reads and writes. The ledger says who owns that memory, and what shared pages
 hold. The rows say who they are, which prompt they hold and what they expect in each shared page. Nothing here trusts
-how the plan was built: the indices are read back from the plan's own arrays, the ones that the forward pass will use,
-and compared with what rows and ledger say. A row that fails is ended with an error before the pass; no token is ever
-sampled from such a step.
+how the plan was built: the indices are read back from the plan's own arrays, of which the forward pass makes its
+tensors, and compared with what rows and ledger say. A row that fails is ended with an error before the pass, and a new
+plan is made of the others and checked; no token is ever sampled from a plan that failed.
 
 A shared page is checked by what it holds: its content id is a chain over the tenant, the prompt and every token before
 (`server.engine.pages`), which the row works out from its own request. So a page of another tenant, another prompt or
@@ -32,8 +32,8 @@ class Claim:
     `serial` is the row's (or the compile job's) name in the ledger; `pages`, `generations` and `contents` are its
     pages and what it expects of them (`RowPages`). `prefix_uid` is the prefix it holds, and `tail_page` the index of
     the page that begins with that prefix's last columns (None: the prefix ends with a page, or there is none).
-    `prefix_matches`: that prefix is the one that its request resolved to, and still alive. `vectors` is what it wants
-    in place of its tokens' embeddings: only a prompt being compiled has any.
+    `prefix_matches`: that prefix is the one that its request resolved to, and counts users (its prompt may have been
+    deleted). `vectors` is what it wants in place of its tokens' embeddings: only a prompt being compiled has any.
     """
 
     serial: int

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
+from server.engine.gate import TOLERANCE, relative_difference
 from server.engine.packed_weights import (
     NativeProjections,
     Projections,
@@ -29,20 +30,25 @@ from server.engine.packed_weights import (
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 _INT8_TOLERANCE = 0.5
-_NUM_PROBE_TOKENS = 6
+_PROBES = (1, 6, 30)
+"""Lengths of the texts that are compared: products of one row, of a few and of many are computed in different ways."""
+_GROUPING_PROBE = 6
 _MIN_MEASURED_ELEMENTS = 1 << 20
 _MAX_MEASURED_SHAPES = 4
 
 
 class LinearError(RuntimeError):
-    """The model's linear layers cannot be prepared as asked; the message says why."""
+    """The model's linear layers cannot be prepared as asked; the message says why. It may be half changed."""
+
+
+class ProbeError(RuntimeError):
+    """The model as it was loaded cannot be run; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
-    """What was done. `error` is the root-mean-square difference of logits over their spread, before against after."""
+    """What was done. `error` is the largest difference of logits, before against after (`gate.relative_difference`)."""
 
     form: WeightForm
     quantization: Quantization
@@ -150,19 +156,29 @@ def prepare_linears(
 
     `form` None measures the forms that this machine has on the model's own shapes. The weights' memory is given back
     layer by layer. A head tied to the input embeddings shares one packed table with them (native bf16), or the
-    embeddings keep their own. "int8" is for the CPU. Raises LinearError.
+    embeddings keep their own. "int8" is for the CPU. Raises LinearError; ProbeError when the model itself fails.
     """
     if quantization == "int8" and model.device.type != "cpu":
         raise LinearError("quantization int8 is for backbones on the CPU")
     # Not inference mode: siblings are told by their input's version counter, which inference tensors do not have.
     with torch.inference_mode(False), torch.no_grad():
-        report = _prepare(model, quantization, form)
+        try:
+            before = [_probe(model, length) for length in _PROBES]
+        except Exception as error:
+            raise ProbeError(f"{type(error).__name__}: {error}") from error
+        try:
+            report = _prepare(model, quantization, form, before)
+        except LinearError:
+            raise
+        except Exception as error:
+            raise LinearError(f"weights cannot be packed: {type(error).__name__}: {error}") from error
     logger.info("linear layers: %s", report)
     return report
 
 
-def _prepare(model: PreTrainedModel, quantization: Quantization, form: WeightForm | None) -> LinearReport:
-    before = _probe(model)
+def _prepare(
+    model: PreTrainedModel, quantization: Quantization, form: WeightForm | None, before: Sequence[torch.Tensor]
+) -> LinearReport:
     groups = _group(model, _linears(model))
     chosen = form or _choose_form(model, groups, quantization)
     embedding = _tied_embedding(model)
@@ -179,10 +195,11 @@ def _prepare(model: PreTrainedModel, quantization: Quantization, form: WeightFor
         num_fused += len(group) if len(group) > 1 else 0
         num_bytes += siblings.projections.num_bytes
     _forget_at_each_pass(model, handles)
-    error = _difference(_probe(model), before)
-    allowed = _INT8_TOLERANCE if quantization == "int8" else _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float16])
-    # Written so that NaN fails.
-    if not error <= allowed:
+    error = max(
+        relative_difference(_probe(model, length), expected) for length, expected in zip(_PROBES, before, strict=True)
+    )
+    allowed = _INT8_TOLERANCE if quantization == "int8" else TOLERANCE[model.dtype]
+    if error > allowed:
         raise LinearError(f"packed ({chosen}, {quantization}) logits differ by {error:.1e} (allowed {allowed:.0e})")
     return LinearReport(chosen, quantization, num_packed, num_fused, num_bytes, error)
 
@@ -210,7 +227,7 @@ def _group(model: PreTrainedModel, linears: dict[nn.Module, _Found]) -> list[lis
         for module in linears
     ]
     try:
-        _probe(model)
+        _probe(model, _GROUPING_PROBE)
     finally:
         for hook in hooks:
             hook.remove()
@@ -292,15 +309,10 @@ def _forget_at_each_pass(model: PreTrainedModel, handles: Sequence[_Siblings]) -
     model.register_forward_pre_hook(forget)
 
 
-def _probe(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of a few fixed tokens, `[n, vocab_size]` in fp32, by the attention that the model is set to."""
+def _probe(model: PreTrainedModel, length: int) -> torch.Tensor:
+    """Logits of fixed tokens, `[length, vocab_size]` in fp32, by the attention that the model is set to."""
     vocab_size = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(0, vocab_size, (1, _NUM_PROBE_TOKENS), generator=generator).to(model.device)
+    ids = torch.randint(0, vocab_size, (1, length), generator=generator).to(model.device)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits[0].float()
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    spread = expected.std().clamp_min(1e-6)
-    return float((found - expected).square().mean().sqrt() / spread)

@@ -20,14 +20,15 @@ def make_pool(backbone: Backbone, config: EngineConfig) -> KvPool:
     """A pool of `config.kv_cache_bytes` for rows (a share of the device's memory where that is None) and
     `config.prefix_cache_bytes` for prompts.
 
+    A prompt's last columns, too few for a page, lie outside the pool, but count among `prefix_cache_bytes`. How many
+    bytes are pages and how many are tails depends on the prompts' lengths alone, so either may come to be all of them.
+    On CPU pages cost memory only once they are used; on CUDA there must be room for both before rows get their share.
+
     Raises ValueError when that holds no row of the backbone's context length, or no two of the longest prompts.
     """
     kv_bytes = config.kv_cache_bytes
     if kv_bytes is None:
-        if backbone.device.type == "cuda":
-            kv_bytes = int(torch.cuda.mem_get_info(backbone.device)[0] * CUDA_MEMORY_SHARE)
-        else:
-            kv_bytes = int(_memory_limit_bytes() * CPU_MEMORY_SHARE)
+        kv_bytes = default_kv_bytes(backbone.device, config.prefix_cache_bytes)
     page_bytes = backbone.bytes_per_token * PAGE_SIZE
     row_pages = kv_bytes // page_bytes
     needed = num_pages_for(backbone.max_model_len)
@@ -53,6 +54,14 @@ def make_pool(backbone: Backbone, config: EngineConfig) -> KvPool:
         device=backbone.device,
         poison_freed=config.poison_freed_pages,
     )
+
+
+def default_kv_bytes(device: torch.device, prefix_cache_bytes: int) -> int:
+    """The rows' share of the device's memory, where nothing else is said."""
+    if device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(device)[0] - 2 * prefix_cache_bytes
+        return int(max(0, free_bytes) * CUDA_MEMORY_SHARE)
+    return int(_memory_limit_bytes() * CPU_MEMORY_SHARE)
 
 
 def _memory_limit_bytes() -> int:

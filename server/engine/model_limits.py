@@ -72,6 +72,13 @@ def _unscaled_length(config: Any, known: int) -> int:
     return length
 
 
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a loaded model into one that is served, in place: whoever runs or compiles it must have done this."""
+    model.train(False).requires_grad_(False)
+    fix_temperature(model)
+    return model
+
+
 def fix_temperature(model: PreTrainedModel) -> None:
     """Turn off Llama 4's temperature, which is one up to `max_model_len`.
 

@@ -10,7 +10,7 @@ own; only the engine thread touches the tiers.
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +39,7 @@ class Prefix:
     num_bytes: int
     num_users: int = 0
     is_alive: bool = True
+    """False once its prompt was deleted, or it was evicted: rows that hold it still read it."""
 
 
 class PrefixCache:
@@ -47,6 +48,7 @@ class PrefixCache:
     def __init__(self, pool: KvPool, max_bytes: int, metrics: Metrics) -> None:
         self._prefixes: OrderedDict[str, Prefix] = OrderedDict()
         self._pinned: frozenset[str] = frozenset()
+        self._closed: frozenset[str] = frozenset()
         self._pool = pool
         self._max_bytes = max_bytes
         self._metrics = metrics
@@ -69,9 +71,9 @@ class PrefixCache:
         return num_pages_for(num_virtual_tokens) * self._pool.page_bytes
 
     def acquire(self, key: str) -> Prefix | None:
-        """The prefix with one more user, or None when it is not on the device."""
+        """The prefix with one more user, or None when it is not on the device or is to go (`close_for`)."""
         prefix = self._prefixes.get(key)
-        if prefix is None:
+        if prefix is None or key in self._closed:
             return None
         self._prefixes.move_to_end(key)
         prefix.num_users += 1
@@ -89,11 +91,10 @@ class PrefixCache:
 
         False, and nothing is evicted, when even that would not make room.
         """
-        pages, num_bytes = num_pages_for(num_virtual_tokens), self.bytes_for(num_virtual_tokens)
-        idle = [p for key, p in self._prefixes.items() if p.num_users == 0 and key not in self._pinned]
-        if not self._fits(pages - sum(len(p.pages) for p in idle), num_bytes - sum(p.num_bytes for p in idle)):
+        if not self.can_make_room(num_virtual_tokens):
             return False
-        for prefix in idle:
+        pages, num_bytes = num_pages_for(num_virtual_tokens), self.bytes_for(num_virtual_tokens)
+        for prefix in self._idle():
             if self._fits(pages, num_bytes):
                 break
             del self._prefixes[prefix.key]
@@ -101,6 +102,33 @@ class PrefixCache:
             self._forget(prefix)
             self._metrics.prompt_cache_evictions_total.labels(tier="device").inc()
         return True
+
+    def can_make_room(self, num_virtual_tokens: int, *, spared: Container[str] = ()) -> bool:
+        """Whether `make_room` would succeed, and leave those with the keys `spared`."""
+        idle = [prefix for prefix in self._idle() if prefix.key not in spared]
+        pages = num_pages_for(num_virtual_tokens) - sum(len(prefix.pages) for prefix in idle)
+        return self._fits(pages, self.bytes_for(num_virtual_tokens) - sum(prefix.num_bytes for prefix in idle))
+
+    def close_for(self, num_virtual_tokens: int) -> None:
+        """Take no new users for as many prefixes as must go before one of this size fits: idle ones first, then the
+        least recently acquired. Pinned ones stay.
+
+        Their users end one by one, so `make_room` succeeds in the end, however many rows ask for what is resident.
+        """
+        pages, num_bytes = num_pages_for(num_virtual_tokens), self.bytes_for(num_virtual_tokens)
+        closed: list[str] = []
+        candidates = [prefix for key, prefix in self._prefixes.items() if key not in self._pinned]
+        for prefix in sorted(candidates, key=lambda p: p.num_users > 0):
+            if self._fits(pages, num_bytes):
+                break
+            closed.append(prefix.key)
+            pages -= len(prefix.pages)
+            num_bytes -= prefix.num_bytes
+        self._closed = frozenset(closed)
+
+    def reopen(self) -> None:
+        """End what `close_for` began."""
+        self._closed = frozenset()
 
     def insert(self, ref: PromptRef, pages: PageNumbers, tail: KeysValues | None) -> Prefix:
         """Take over shared pages that hold the prompt's full pages, and its tail."""
@@ -135,6 +163,10 @@ class PrefixCache:
             raise RuntimeError(f"the device tier holds {self.num_bytes} bytes, {self._max_bytes} are allowed")
         if self._pool.num_prefix_pages < sum(len(prefix.pages) for prefix in self._prefixes.values()):
             raise RuntimeError("the device tier has lost count of its pages")
+
+    def _idle(self) -> list[Prefix]:
+        """Those that may be evicted, least recently used first."""
+        return [p for key, p in self._prefixes.items() if p.num_users == 0 and key not in self._pinned]
 
     def _fits(self, pages: int, num_bytes: int) -> bool:
         return (
@@ -179,6 +211,11 @@ class PromptLoader:
         self._wanted.put(None)
         if self._thread.is_alive():
             self._thread.join()
+
+    @property
+    def num_pending(self) -> int:
+        """Prompts asked for, not for audits, that `poll` has not given yet."""
+        return len(self._pending)
 
     def request(self, ref: PromptRef) -> None:
         """Ask for a prompt; asking again while it is on its way does nothing."""

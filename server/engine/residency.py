@@ -8,7 +8,8 @@ cast and used as they are.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,10 +24,21 @@ from server.engine.plan import PlanEntry, build_plan
 from server.engine.prefix import HostCache, LoadedPrompt, Prefix, PrefixCache, PromptLoader, Residency
 from server.engine.request import PromptRef
 from server.engine.row_pages import RowPages
-from server.errors import IsolationError, NumericalError, PromptMismatchError, PromptmuxError
+from server.errors import IsolationError, NumericalError, PromptMismatchError, PromptmuxError, UnavailableError
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+MAX_LOADING = 16
+"""Prompts that are being read from the store at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A prompt that is on its way to the device. Its numbers are in the host tier, once they have come."""
+
+    ref: PromptRef
+    asked_at_s: float
 
 
 class PrefixResidency:
@@ -52,9 +64,10 @@ class PrefixResidency:
         self._max_pinned_bytes = config.prefix_cache_bytes // 2
         self._metrics = metrics
         self._next_serial = next_serial
-        self._wanted: dict[str, PromptRef] = {}  # to be compiled, in the order in which rows asked
-        self._arrived: dict[str, SoftPrompt] = {}  # what the loader brought for rows that wait
-        self._asked_at_s: dict[str, float] = {}
+        self._wanted: dict[str, _Wanted] = {}  # in the order of asking
+        self._pinned: frozenset[str] = frozenset()
+        self._owed: str | None = None  # the first of those for which there was no room
+        self._max_prefetched = 2 * config.max_rows
 
     def residency_of(self, key: str) -> Residency:
         if key in self.device:
@@ -62,18 +75,18 @@ class PrefixResidency:
         return "host" if key in self.host else "store"
 
     def prefetch(self, ref: PromptRef) -> None:
-        """Count where the prompt of a new row was found, and start bringing it if it was nowhere."""
+        """Count where the prompt of a new row was found, and start bringing it, unless very many are being brought."""
         on_device = ref.prefix_key in self.device
         self._count(on_device, "device")
         if not on_device:
-            on_host = ref.prefix_key in self.host
-            self._count(on_host, "host")
-            if not on_host and ref.prefix_key not in self._arrived:
-                self._asked_at_s.setdefault(ref.prefix_key, time.monotonic())
-                self.loader.request(ref)
+            self._count(ref.prefix_key in self.host, "host")
+            if len(self._wanted) < self._max_prefetched:
+                self.bring(ref)
 
     def acquire(self, ref: PromptRef) -> Prefix | None:
-        """The row's prefix, or None: then it is on its way, and `poll` and `compile_wanted` bring it."""
+        """The row's prefix, or None: it is on its way (`poll` and `compile_wanted` bring it), or has to go to make
+        room, and comes back after that.
+        """
         prefix = self.device.acquire(ref.prefix_key)
         if prefix is None:
             self.bring(ref)
@@ -81,15 +94,11 @@ class PrefixResidency:
 
     def bring(self, ref: PromptRef) -> None:
         """Start bringing a prompt to the device from wherever it is; nothing is done when it is there already."""
-        if ref.prefix_key in self.device:
-            return
-        self._asked_at_s.setdefault(ref.prefix_key, time.monotonic())
-        prompt = self._arrived.get(ref.prefix_key) or self.host.get(ref.prefix_key)
-        if prompt is None:
-            self.loader.request(ref)
-        else:
-            self._arrived[ref.prefix_key] = prompt
-            self._wanted.setdefault(ref.prefix_key, ref)
+        key = ref.prefix_key
+        if key not in self.device and key not in self._wanted:
+            self._wanted[key] = _Wanted(ref, time.monotonic())
+            if key not in self.host and self._owed is None:
+                self._request(ref)
 
     def poll(self) -> tuple[list[LoadedPrompt], list[LoadedPrompt]]:
         """Take in what the loader brought. Returns what failed to load, and what was loaded for audits."""
@@ -98,42 +107,63 @@ class PrefixResidency:
             if loaded.for_audit:
                 for_audit.append(loaded)
             elif loaded.prompt is None:
-                self._asked_at_s.pop(loaded.ref.prefix_key, None)
+                self._drop_wanted(loaded.ref.prefix_key)
                 failed.append(loaded)
             else:
                 self.host.put(loaded.ref.prefix_key, loaded.prompt)
-                self._arrived[loaded.ref.prefix_key] = loaded.prompt
-                self._wanted.setdefault(loaded.ref.prefix_key, loaded.ref)
         return failed, for_audit
 
     @property
     def num_wanted(self) -> int:
+        """Prompts that are on their way to the device."""
         return len(self._wanted)
 
-    def compile_wanted(self, limit_s: float) -> list[tuple[PromptRef, PromptmuxError]]:
-        """Make prefixes that rows wait for: at least one, and more until `limit_s` have passed.
+    def keep_wanted(self, keys: Container[str]) -> None:
+        """Bring none but these, for which rows wait, and pinned ones: the rows of the others have ended."""
+        for key in list(self._wanted):
+            if key not in keys and key not in self._pinned:
+                self._drop_wanted(key)
 
-        One for which there is no room keeps waiting, until rows that hold others have ended. Returns those that cannot
-        be made, with the reason.
+    def compile_wanted(self, limit_s: float) -> list[tuple[PromptRef, PromptmuxError]]:
+        """Make prefixes of prompts that have arrived, in the order of asking: at least one, and more until `limit_s`
+        have passed. None of them takes the room of another. Returns those that cannot be made, with the reason.
+
+        The first for which there is no room is owed it. Until it is made nothing else is, or small prompts would take
+        every page that becomes free; and some of the prefixes in its way take no new rows (`PrefixCache.close_for`).
         """
         failed: list[tuple[PromptRef, PromptmuxError]] = []
         began_s = time.monotonic()
-        num_made = 0
-        for key, ref in list(self._wanted.items()):
-            if num_made and time.monotonic() - began_s >= limit_s:
+        done: set[str] = set()
+        for key, wanted in self._in_order():
+            if done and time.monotonic() - began_s >= limit_s:
                 break
+            prompt = self.host.get(key)
+            if prompt is None:
+                # It is on its way, or has been pushed out of the host tier.
+                self._request(wanted.ref)
+                if key == self._owed:
+                    break
+                continue
+            if done and not self.device.can_make_room(prompt.num_virtual_tokens, spared=done):
+                break  # what was made just now is for rows that take it in this turn
+            error = None
             try:
-                prefix = self.compile(ref, self._arrived[key])
-            except PromptmuxError as error:
-                failed.append((ref, error))
-            else:
-                if prefix is None:
-                    continue
-            num_made += 1
-            del self._wanted[key], self._arrived[key]
-            asked_at_s = self._asked_at_s.pop(key, None)
-            if key in self.device and asked_at_s is not None:
-                self._metrics.prompt_load_seconds.observe(time.monotonic() - asked_at_s)
+                if self.compile(wanted.ref, prompt) is None:
+                    self._owed = key
+                    self.device.close_for(prompt.num_virtual_tokens)
+                    break
+                self._metrics.prompt_load_seconds.observe(time.monotonic() - wanted.asked_at_s)
+            except PromptmuxError as refused:
+                error = refused
+            except Exception as fault:
+                logger.exception("%s@%s could not be compiled", wanted.ref.task, wanted.ref.version)
+                error = UnavailableError(
+                    f"the prompt of {wanted.ref.task}@{wanted.ref.version} could not be compiled: {fault}"
+                )
+            if error is not None:
+                failed.append((wanted.ref, error))
+            done.add(key)
+            self._drop_wanted(key)
         return failed
 
     def pin(self, refs: Sequence[PromptRef]) -> None:
@@ -149,7 +179,8 @@ class PrefixResidency:
                 )  # fmt: skip
                 break
             taken.append(ref)
-        self.device.pin(frozenset(ref.prefix_key for ref in taken))
+        self._pinned = frozenset(ref.prefix_key for ref in taken)
+        self.device.pin(self._pinned)
         for ref in taken:
             self.bring(ref)
 
@@ -157,9 +188,7 @@ class PrefixResidency:
         """Forget a deleted version in every tier."""
         self.device.evict(key)
         self.host.discard(key)
-        self._wanted.pop(key, None)
-        self._arrived.pop(key, None)
-        self._asked_at_s.pop(key, None)
+        self._drop_wanted(key)
 
     def compile(self, ref: PromptRef, prompt: SoftPrompt) -> Prefix | None:
         """Make the prompt's prefix and put it on the device; None when there is no room for it now.
@@ -186,14 +215,29 @@ class PrefixResidency:
                 raise NumericalError(
                     f"the prefix of {ref.task}@{ref.version} is not finite in {self._backbone.dtype_name}"
                 )
+            tail = columns.columns(num_full * PAGE_SIZE, k).clone() if k % PAGE_SIZE else None
             for index in range(num_full):
                 self._pool.ledger.share(int(pages[index]), serial, content_of_prefix(ref.prefix_key, index))
         except BaseException:
             self._pool.release_prefix(pages, serial)
             raise
         self._pool.release_prefix(pages[num_full:], serial)
-        tail = columns.columns(num_full * PAGE_SIZE, k).clone() if k % PAGE_SIZE else None
         return self.device.insert(ref, pages[:num_full], tail)
+
+    def _in_order(self) -> list[tuple[str, "_Wanted"]]:
+        """What is wanted, in the order of asking; the one that is owed room before all others."""
+        return sorted(self._wanted.items(), key=lambda item: item[0] != self._owed)
+
+    def _request(self, ref: PromptRef) -> None:
+        """Have it loaded, now or in a later turn: what is loaded too far ahead pushes itself out of the host tier."""
+        if self.loader.num_pending < MAX_LOADING:
+            self.loader.request(ref)
+
+    def _drop_wanted(self, key: str) -> None:
+        self._wanted.pop(key, None)
+        if key == self._owed:
+            self._owed = None
+            self.device.reopen()
 
     def _require_fit(self, ref: PromptRef, prompt: SoftPrompt) -> None:
         """A prompt that was stored for another backbone must end its own rows, not the step loop."""

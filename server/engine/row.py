@@ -27,8 +27,8 @@ class Row:
     followed by the generated ones; token i lies at column and position `num_virtual_tokens + i`, because the prefix
     fills the columns before. `num_computed` counts the tokens whose keys and values are in the row's pages, and
     `num_cached` those of the client's that were found there when the row was first admitted. A preempted row gives its
-    pages back, waits, and computes its tokens again; `prefix` and the digest in `request.prompt` are held from
-    admission to the end all the same, whatever is rolled out meanwhile.
+    pages back, waits, and computes its tokens again; `prefix` and the digest in `request.prompt` are held to the end
+    all the same, whatever is rolled out meanwhile. A row that waits for nothing but pages holds its prefix already.
     """
 
     request: RowRequest

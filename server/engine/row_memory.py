@@ -1,9 +1,9 @@
 """Gives rows their pages: at admission, as they grow, and back again.
 
 Admission takes pages for everything that the row is known to compute and asks for one more page of head-room, so that
-a row that has just been admitted does not at once push another out. What a row leaves behind is kept for later rows of
-the same tenant, prompt and beginning (`text_cache`), and is the first thing to go when pages are short; only then does
-the scheduler preempt rows.
+a row that has just been admitted does not at once push another out; or, on request, pages for all that it may ever
+need. What a row leaves behind is kept for later rows of the same tenant, prompt and beginning (`text_cache`), and is
+the first thing to go when pages are short; only then does the scheduler preempt rows.
 """
 
 from collections.abc import Iterable
@@ -27,6 +27,8 @@ class RowMemory:
         self._pool = pool
         self._keeps_texts = keeps_texts
         self._reserves_all = reserves_all
+        self._refused: tuple[int, int, int] | None = None
+        """The row last refused, by its serial; how many pages of text had been kept by then; how many it needed."""
 
     @property
     def usage_ratio(self) -> float:
@@ -46,19 +48,23 @@ class RowMemory:
             # The contents that the row expects follow from its request alone.
             contents = np.array([content_of_prefix(key or "", i) for i in range(k // PAGE_SIZE)], dtype=np.int64)
             pages.append_prefix(prefix.pages, self._pool.ledger, contents)
+        num_columns = row.max_total_tokens if self._reserves_all else k + len(row.token_ids)
         # Asked before the row itself holds kept pages.
-        head_room = 0 if self._is_alone else 1
+        head_room = 0 if self._reserves_all or self._is_alone else 1
+        if self._is_refused_again(row, head_room):
+            return False
         num_cached = 0
         if self._keeps_texts and not row.wants_prompt_logprobs:
             match = self.texts.match(row.request.tenant, key, k, row.token_ids, limit=len(row.token_ids) - 1)
             pages.append(match.pages, self._pool.ledger, match.contents)
             num_cached = match.num_tokens
-        num_columns = row.max_total_tokens if self._reserves_all else k + len(row.token_ids)
         needed = num_pages_for(num_columns) - pages.num_pages
         own = self._allocate(row, needed, head_room=head_room)
         if own is None:
             self._pool.release(pages.held, SHARED)
+            self._refused = (row.serial, self.texts.num_entered, needed)
             return False
+        self._refused = None
         first_own = pages.num_pages
         pages.append(own, self._pool.ledger)
         if prefix is not None and prefix.tail is not None and first_own == k // PAGE_SIZE:
@@ -82,11 +88,16 @@ class RowMemory:
         return True
 
     def keep_text(self, row: Row) -> None:
-        """Offer the row's full pages of computed tokens to later rows of its tenant and prompt."""
+        """Offer the row's full pages of computed tokens to later rows of its tenant and prompt.
+
+        Nothing is kept of a row whose prompt has been deleted. Raises RuntimeError, and keeps nothing, when a page is
+        not the row's or holds another text.
+        """
         pages = self._pages_of(row)
         first = row.num_virtual_tokens // PAGE_SIZE
         num_full = row.next_column // PAGE_SIZE
-        if not self._keeps_texts or num_full <= first:
+        is_deleted = row.prefix is not None and not row.prefix.is_alive
+        if not self._keeps_texts or is_deleted or num_full <= first:
             return
         shared = self.texts.insert(
             row.request.tenant,
@@ -128,6 +139,15 @@ class RowMemory:
     def _is_alone(self) -> bool:
         """Whether no running row holds a page: then the longest row must fit."""
         return self._pool.num_row_pages == self.texts.num_evictable
+
+    def _is_refused_again(self, row: Row, head_room: int) -> bool:
+        """Whether the row was the last to be refused and lacks room as before: matching its text again is not worth it.
+
+        While no text has entered since, it can begin with no more of them and needs as many pages of its own, or more.
+        """
+        if self._refused is None or self._refused[:2] != (row.serial, self.texts.num_entered):
+            return False
+        return self._refused[2] + head_room > self._pool.num_free_row_pages + self.texts.num_evictable
 
     def _allocate(self, row: Row, count: int, *, head_room: int) -> PageNumbers | None:
         short = count + head_room - self._pool.num_free_row_pages

@@ -1,6 +1,10 @@
 """A look at the engine from another thread."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+CompiledState = Literal["off", "compiling", "trial", "failed", "stopped"]
+"""How far a backbone's compiled steps are; "trial": there is a package, each size is served by what was faster."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ method of TGI and vLLM). What ends in an incomplete UTF-8 sequence is held back,
 of a stop string; a stop string itself is never delivered.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ class Tokenizer(Protocol):
     """What is needed of a Hugging Face tokenizer."""
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False, **kwargs: Any) -> Any: ...
+
+    def __hash__(self) -> int: ...
 
 
 REPLACEMENT = "�"
@@ -44,7 +47,7 @@ class TextStream:
         When a stop string is complete, `stopped_by` names it and what came before it is returned.
         """
         self._ids.append(token_id)
-        known = self._decode(self._ids[self._window : self._read])
+        known = self._known()
         grown = self._decode(self._ids[self._window :])
         is_overdue = len(self._ids) - self._read > self.MAX_PENDING_IDS
         if len(grown) > len(known) and (is_overdue or not grown.endswith(REPLACEMENT)):
@@ -54,10 +57,14 @@ class TextStream:
 
     def finish(self) -> str:
         """The text that was held back, when the row ends for another reason than a stop string."""
-        known = self._decode(self._ids[self._window : self._read])
+        known = self._known()
         rest = self._decode(self._ids[self._window :])[len(known) :]
         held, self._held = self._held + rest, ""
         return held
+
+    def _known(self) -> str:
+        """The window's text without what is still to be read. Mostly that of one token, which is looked up."""
+        return _decode_few(self._tokenizer, tuple(self._ids[self._window : self._read]), self._skip_special_tokens)
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=self._skip_special_tokens)
@@ -83,3 +90,9 @@ class TextStream:
             if any(len(s) > length and s.startswith(tail) for s in self._stop):
                 return length
         return 0
+
+
+@functools.lru_cache(maxsize=16384)
+def _decode_few(tokenizer: Tokenizer, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    return text

@@ -78,6 +78,8 @@ class TextCache:
         if max_pages is not None and max_pages < 0:
             raise ValueError(f"max_pages must not be negative: {max_pages}")
         self.num_pages = 0
+        self.num_entered = 0
+        """Pages that have come in since the beginning: while it stays, no match becomes longer."""
         self._ledger = ledger
         self._max_pages = max_pages
         self._release = release if release is not None else ledger.release
@@ -137,8 +139,8 @@ class TextCache:
         this text, the rest does not enter. Returns `[num_pages]`, the content id of each page that is shared now and
         NO_CONTENT for the others, worked out from `token_ids`.
 
-        Raises ValueError when there are fewer tokens than the pages hold; RuntimeError, before anything is changed,
-        when a page is neither the row's nor shared; RuntimeError when a shared page holds something else.
+        Before anything is changed, raises ValueError when there are fewer tokens than the pages hold, RuntimeError
+        when a page is neither the row's nor shared, or when a shared page holds something else.
         """
         numbers = [int(page) for page in pages]
         bounds = list(itertools.islice(_page_bounds(k), len(numbers)))
@@ -151,21 +153,21 @@ class TextCache:
         for page, page_owner in zip(numbers, owners, strict=True):
             if page_owner not in (owner, SHARED):
                 raise RuntimeError(f"page {page} is not owned by row {owner}, which would keep it")
+        name = (tenant, prefix_key)
+        root = self._roots.get(name) or _Node(None, (), -1, text_root(tenant, prefix_key), name)
+        chain = self._chain(root, token_ids, bounds)
+        for page, page_owner, held, content in zip(numbers, owners, held_contents, chain, strict=True):
+            if page_owner == SHARED and held != content:
+                raise RuntimeError(f"page {page} of row {owner} holds another text than the row's")
         self._clock += 1
         contents = np.full(len(numbers), NO_CONTENT, dtype=np.int64)
         entered: list[int] = []
-        name = (tenant, prefix_key)
-        root = self._roots.get(name) or _Node(None, (), -1, text_root(tenant, prefix_key), name)
         parent: _Node | None = root
         last = root
-        content = root.content
         for index, (first, end) in enumerate(bounds):
-            page, tokens = numbers[index], tuple(token_ids[first:end])
+            page, content, tokens = numbers[index], chain[index], tuple(token_ids[first:end])
             node = parent.children.get(tokens) if parent is not None else None
-            content = node.content if node is not None else content_of_text(content, tokens)
             is_shared = owners[index] == SHARED
-            if is_shared and held_contents[index] != content:
-                raise RuntimeError(f"page {page} of row {owner} holds another text than the row's")
             if node is None and parent is not None and self._make_room():
                 if not is_shared:
                     self._ledger.share(page, owner, content)
@@ -236,6 +238,18 @@ class TextCache:
         if not node.children and not node.is_queued:
             raise RuntimeError(f"page {node.page} is a leaf that can never be evicted")
 
+    def _chain(self, root: _Node, token_ids: Sequence[int], bounds: Sequence[tuple[int, int]]) -> list[int]:
+        """The content ids of pages with these tokens. Hashed only where the tree does not know the text."""
+        node: _Node | None = root
+        content = root.content
+        chain: list[int] = []
+        for first, end in bounds:
+            tokens = tuple(token_ids[first:end])
+            node = node.children.get(tokens) if node is not None else None
+            content = node.content if node is not None else content_of_text(content, tokens)
+            chain.append(content)
+        return chain
+
     def _make_room(self) -> bool:
         """Make room for one page more under `max_pages`, sparing the text that is being inserted."""
         if self._max_pages is None or self.num_pages < self._max_pages:
@@ -247,6 +261,7 @@ class TextCache:
         parent.children[tokens] = node
         self._is_kept[page] = True
         self.num_pages += 1
+        self.num_entered += 1
         return node
 
     def _drop_oldest(self, num_pages: int, *, before: int) -> list[int]:

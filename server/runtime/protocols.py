@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from prompt_store.manifest import BackboneShape, SoftPrompt
 from server.engine.request import PromptRef, RowOutput, RowRequest
+from server.engine.status import CompiledState
 
 Residency = Literal["device", "host", "store"]
 Deliver = Callable[[Sequence[RowOutput]], None]
@@ -46,7 +47,7 @@ class BackboneLike(Protocol):
     @property
     def quantization(self) -> Literal["none", "int8"]: ...
     @property
-    def compiled_state(self) -> str: ...
+    def compiled_state(self) -> CompiledState: ...
     @property
     def dtype_name(self) -> str: ...
     @property

@@ -185,18 +185,17 @@ class TaskService:
     def delete_version(self, caller: Caller, task: str, version: int) -> None:
         with client_errors():
             owner = self._owner_for_write(caller, task)
-            prefix_key = resident_key(self._store.get_version(owner, task, version))
+            deleted = self._store.get_version(owner, task, version)
             self._store.delete_version(owner, task, version, actor=caller.key_id or "")
-            self._engine.evict(prefix_key)
+            self._evict([deleted])
             self.refresh()
 
     def delete_task(self, caller: Caller, task: str) -> None:
         with client_errors():
             owner = self._owner_for_write(caller, task)
-            prefix_keys = self._prefix_keys(owner, task)
+            deleted = self._versions_of(owner, task)
             self._store.delete_task(owner, task, actor=caller.key_id or "")
-            for prefix_key in prefix_keys:
-                self._engine.evict(prefix_key)
+            self._evict(deleted)
             self._stats.forget(owner, task)
             self.refresh()
 
@@ -267,10 +266,16 @@ class TaskService:
     def _view_version(self, version: PromptVersion) -> VersionView:
         return VersionView(version, self._engine.residency(resident_key(version)))
 
-    def _prefix_keys(self, owner: str, task: str) -> list[str]:
-        keys: list[str] = []
+    def _versions_of(self, owner: str, task: str) -> list[PromptVersion]:
+        found: list[PromptVersion] = []
         after: int | None = None
         while versions := self._store.list_versions(owner, task, limit=_PAGE, after=after):
-            keys.extend(resident_key(version) for version in versions)
+            found.extend(versions)
             after = versions[-1].version
-        return keys
+        return found
+
+    def _evict(self, deleted: Sequence[PromptVersion]) -> None:
+        """Have the engine forget these, but for those whose file another version of the tenant's still has."""
+        for version in deleted:
+            if not self._store.has_prefix(version.tenant, version.prefix_key):
+                self._engine.evict(resident_key(version))

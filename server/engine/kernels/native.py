@@ -12,7 +12,9 @@ The compiler is `$CXX`, else `c++`, `g++` or `clang++`; GCC 12 or later, or clan
 kernels run in torch's threads.
 """
 
+import contextlib
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -27,7 +29,10 @@ from pathlib import Path
 import torch
 
 from server.embedded import default_cache_dir
+from server.engine.built_files import discard, is_whole, keep_newest, may_execute, publish
 from server.engine.kernels.batch import LayerAttention, PagedBatch
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("native")
 
@@ -42,6 +47,7 @@ _FLAGS = (
 )
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_TIMEOUT_S = 900.0
+_NUM_KEPT = 3
 
 _load_lock = threading.Lock()
 _loaded: Path | None = None
@@ -95,66 +101,49 @@ def default_folder() -> Path:
     return default_cache_dir() / "native"
 
 
-def is_loaded() -> bool:
-    """Whether `torch.ops.promptmux` can be called."""
-    return _loaded is not None
-
-
-def is_built(folder: Path | None = None) -> bool:
-    """Whether `load_native` would find its library without compiling (a matter of milliseconds)."""
-    return _find(folder or default_folder(), usable_levels()) is not None
-
-
 def load_native(folder: Path | None = None, *, level: Level | None = None, may_build: bool = True) -> Path:
     """Load the best library for this CPU into the process, building it first (tens of seconds) if need be.
 
-    Looks among those built ahead and in `folder` (default `default_folder()`), where a new one is put. Any thread may
-    call this, again and again: the first library that is loaded stays. `level` asks for that level alone. Returns the
-    library's path. Raises NativeUnavailableError when there is none and none can be built, or `may_build` is off.
+    Looks among those built ahead and in `folder` (default `default_folder()`), where a new one is put. One that was cut
+    short, or cannot be loaded, is built again, once; where the best cannot be built, a lesser level's serves. Any
+    thread may call this, again and again: the first library that is loaded stays. `level` asks for that level alone.
+    Returns the library's path. Raises NativeUnavailableError when there is none and none can be built, or `may_build`
+    is off.
     """
     global _loaded
     with _load_lock:
-        if _loaded is not None:
-            return _loaded
-        folder = folder or default_folder()
-        levels = usable_levels() if level is None else (level,)
-        path = _find(folder, levels)
-        if path is None:
-            if not may_build:
-                raise NativeUnavailableError(f"no native library has been built in {folder}")
-            path = build(folder, levels[0])
-        try:
-            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
-        except OSError as error:
-            raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
-        _register_shapes()
-        _loaded = path
-        return path
+        if _loaded is None:
+            _loaded = _load(folder or default_folder(), usable_levels() if level is None else (level,), may_build)
+            _register_shapes()
+        return _loaded
 
 
 def build(folder: Path | None = None, level: Level | None = None) -> Path:
     """Compile the library of a level (default: the best that this CPU can run) unless it is there, without loading it.
 
     It appears whole or not at all, and processes that want the same one build it once. The sources are compiled one
-    after the other in child processes. Any process and thread may call this; only the waiting holds the caller up.
-    Returns the library's path. Raises NativeUnavailableError when there is no compiler, it fails, or the folder cannot
-    be written.
+    after the other in child processes. Any process and thread may call this; only the waiting holds the caller up. Of
+    libraries of older sources the newest few stay. Returns the library's path. Raises NativeUnavailableError when there
+    is no compiler, it fails, or the folder cannot be written or must not hold code.
     """
+    level = level or usable_levels()[0]
     folder = folder or default_folder()
-    path = library_path(folder, level or usable_levels()[0])
-    if path.exists():
+    path = library_path(folder, level)
+    if is_whole(path):
         return path
-    compiler = _find_compiler()
+    compiler = find_compiler()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not may_execute(folder):
+            raise NativeUnavailableError(f"{folder} must not hold code (it is mounted noexec)")
         # Imported here: a process that finds its library needs no lock.
         from filelock import FileLock
 
         with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
+            if not is_whole(path):
                 with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as scratch:
-                    made = _compile(compiler, level or usable_levels()[0], Path(scratch))
-                    made.replace(path)
+                    publish(_compile(compiler, level, Path(scratch)), path)
+                keep_newest(folder.glob(f"promptmux-{level.name}-*.so"), _NUM_KEPT)
     except OSError as error:
         raise NativeUnavailableError(f"the native library cannot be put into {folder}: {error}") from error
     return path
@@ -204,18 +193,55 @@ def _sources() -> list[Path]:
     return sorted(path for path in SOURCES.iterdir() if path.suffix in {".cpp", ".h"})
 
 
-def _find(folder: Path, levels: Sequence[Level]) -> Path | None:
-    """The first library of the best level that has one."""
-    paths = (library_path(place, level) for level in levels for place in (BUILT_AHEAD, folder))
-    return next((path for path in paths if path.exists()), None)
-
-
-def _find_compiler() -> str:
+def find_compiler() -> str:
+    """The C++ compiler's path. Raises NativeUnavailableError when there is none."""
     named = os.environ.get("CXX")
     for name in (named,) if named else _COMPILERS:
         if found := shutil.which(name):
             return found
     raise NativeUnavailableError(f"there is no C++ compiler ({named or ', '.join(_COMPILERS)}; set CXX)")
+
+
+def _load(folder: Path, levels: Sequence[Level], may_build: bool) -> Path:
+    """`levels` best first. Returns the path of the library that was loaded."""
+    best, *lesser = levels
+    reason = NativeUnavailableError(f"no native library has been built in {folder}")
+    for path in _whole(folder, best):
+        try:
+            return _open(path)
+        except NativeUnavailableError as error:
+            reason = error
+            logger.warning("%s", error)
+            # So that it is built again, unless no library at all could be loaded from there.
+            with contextlib.suppress(OSError):
+                if path.parent == folder and may_execute(folder):
+                    discard(path)
+    if may_build:
+        try:
+            return _open(build(folder, best))
+        except NativeUnavailableError as error:
+            reason = error
+    for level in lesser:
+        for path in _whole(folder, level):
+            with contextlib.suppress(NativeUnavailableError):
+                opened = _open(path)
+                logger.warning("the kernels run with %s in place of %s: %s", level.name, best.name, reason)
+                return opened
+    raise reason
+
+
+def _whole(folder: Path, level: Level) -> list[Path]:
+    """The undamaged libraries of a level, those built ahead first."""
+    paths = (library_path(place, level) for place in (BUILT_AHEAD, folder))
+    return [path for path in paths if is_whole(path)]
+
+
+def _open(path: Path) -> Path:
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
+    return path
 
 
 def _compile(compiler: str, level: Level, scratch: Path) -> Path:

@@ -230,7 +230,7 @@ def test_pin_reaches_the_engine_and_follows_the_active_version(server: LiveServe
 
 
 def test_active_version_cannot_be_deleted_and_others_are_evicted(server: LiveServer) -> None:
-    server.upload("gone", 0.1)
+    server.upload("gone", 0.123)  # which no other task has
     server.upload("gone", 0.2)
 
     refused = request(server, "DELETE", "/v1/tasks/gone/versions/2")

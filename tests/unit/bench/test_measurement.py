@@ -1,13 +1,14 @@
 """The warm-up comes first and is not counted; the metrics are read around the load alone."""
 
 import asyncio
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
 
 from server.bench.load import Answer, Failure, LoadPlan
-from server.bench.measurement import Measurement, WarmUpError, measure
+from server.bench.measurement import MAX_SETTLING_ROUNDS, Measurement, WarmUpError, measure
 from server.bench.workload import BenchRequest
 from server.metrics import Metrics
 from tests.unit.bench.virtual_time import run_in_virtual_time
@@ -45,15 +46,16 @@ class CountingTarget:
         self.log.append("leave")
 
 
-def run(target: CountingTarget) -> Measurement:
+def run(target: CountingTarget, is_settled: Callable[[], bool] = lambda: True) -> Measurement:
     plan = LoadPlan(concurrency=1, num_requests=len(LOAD))
     return run_in_virtual_time(
         measure(
             target,
             LOAD,
             plan,
-            warm_up=WARM_UP,
+            warm_up=itertools.repeat(WARM_UP),
             warm_up_concurrency=1,
+            is_settled=is_settled,
             read_metrics=target.read_metrics,
             around=target.around(),
         )
@@ -68,6 +70,16 @@ def test_warm_up_then_look_then_load_then_look() -> None:
     assert [record.num_new_tokens for record in measured.result.records] == [0, 1, 2, 3]
     assert measured.steps is not None
     assert measured.steps.num_steps == 4
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 1000])
+def test_warm_up_goes_on_until_it_has_settled_but_not_for_ever(rounds: int) -> None:
+    target = CountingTarget()
+    asked = itertools.count(1)
+    run(target, is_settled=lambda: next(asked) >= rounds)
+
+    assert target.log.count(100) == min(rounds, MAX_SETTLING_ROUNDS)
+    assert target.log.index("enter") == 3 * min(rounds, MAX_SETTLING_ROUNDS)
 
 
 def test_a_warm_up_of_failures_alone_ends_it_with_the_first() -> None:
@@ -93,7 +105,7 @@ def test_metrics_that_cannot_be_read_leave_the_steps_out(text: str | None) -> No
             CountingTarget(),
             LOAD,
             LoadPlan(concurrency=1, num_requests=2),
-            warm_up=(),
+            warm_up=itertools.repeat(()),
             warm_up_concurrency=1,
             read_metrics=look,
             around=nullcontext(),

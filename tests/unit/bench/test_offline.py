@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from server.bench.offline import OfflineEngine, OfflineTarget
 from server.bench.workload import BenchRequest, RandomPrompts, Workload
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
-from server.errors import ContextLengthExceededError
+from server.engine.request import RowOutput
+from server.errors import ContextLengthExceededError, EngineFailedError
 
 REQUESTS = [BenchRequest(prompt, tuple(range(5, 5 + n)), 6) for n, prompt in enumerate([0, 1, 2, None, 1], start=3)]
 
@@ -116,6 +117,23 @@ def test_more_than_may_wait_is_refused_and_the_rest_is_answered(engine: OfflineE
     assert all(
         len(answer.token_times_s) == (4 if kind is None else 0) for answer, kind in zip(answers, kinds, strict=True)
     )
+
+
+class DeafEngine(OfflineEngine):
+    """Nothing that the engine hands over arrives, and the engine ends of it."""
+
+    def _deliver(self, outputs: Sequence[RowOutput]) -> None:
+        raise RuntimeError("deaf")
+
+
+def test_an_engine_that_ends_without_a_word_is_not_waited_for(llama: Backbone, prompts: RandomPrompts) -> None:
+    config = EngineConfig(max_rows=4, max_waiting_rows=8, kv_cache_bytes=4 << 20)
+    with DeafEngine(llama, config) as engine, pytest.raises(EngineFailedError, match="deaf"):
+        engine.run(Workload(prompts, REQUESTS))
+    with DeafEngine(llama, config) as engine:
+        (answer,) = ask(engine, prompts, REQUESTS[0])
+    assert answer.failure is not None
+    assert answer.failure.kind == "engine_failed"
 
 
 def test_a_loop_that_is_gone_does_not_stop_the_engine(engine: OfflineEngine, prompts: RandomPrompts) -> None:

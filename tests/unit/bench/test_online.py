@@ -153,6 +153,11 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close
         (HEAD + b'\r\ndata: {"usage":{}}\n\ndata: [DONE]\n\n', BAD_STREAM, 0),
         (b"", CONNECTION_LOST, 0),
         (b"no HTTP at all", CONNECTION_LOST, 0),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\nConnection: close\r\n\r\noops",
+            BAD_STREAM,
+            0,
+        ),
         (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 4\r\nConnection: close\r\n\r\noops", "http_502", 0),
     ],
 )

@@ -215,7 +215,12 @@ def test_offline_measures_the_engine_and_profiles_it(
 
     report = report_of(result)
     assert report["target"]["backbone"]["dtype"] == "float32"
-    assert report["target"]["engine"]["max_rows"] == 3
+    backbone, engine = report["target"]["backbone"], report["target"]["engine"]
+    assert backbone["kernel"] in {"native", "gather"}
+    assert backbone["weight_form"] in {"native", "onednn", "plain"}
+    assert (backbone["quantization"], backbone["compiled"], backbone["compiled_sizes"]) == ("none", "off", [])
+    assert (engine["max_rows"], engine["deterministic"], engine["text_cache"]) == (3, False, True)
+    assert (engine["audit_share"], engine["kv_cache_bytes"]) == (0.01, 4 << 20)
     assert report["target"]["virtual_tokens"] == 3
     assert (report["requests"]["total"], report["requests"]["distinct_prompts"]) == (12, 5)
     assert report["steps"]["mean_rows"] <= 3
@@ -230,6 +235,14 @@ def test_offline_says_why_a_backbone_cannot_be_had(tmp_path: Path) -> None:
 
     assert result.exit_code == ExitCode.FAILED
     assert "config.json" in result.stderr
+
+
+def test_offline_says_what_hinders_determinism(tiny_backbone_folder: Callable[[str], Path]) -> None:
+    result = bench(str(tiny_backbone_folder("gptj")), "--offline", *TINY, "--deterministic", "on")
+
+    assert result.exit_code == ExitCode.USAGE, result.output
+    assert "dense path" in result.stderr
+    assert "--deterministic off" in result.stderr
 
 
 @pytest.mark.parametrize(

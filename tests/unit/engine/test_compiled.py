@@ -1,9 +1,13 @@
 """A compiled step answers as the eager one does; whatever goes wrong with it, the eager one serves."""
 
 import dataclasses
-import json
+import os
+import queue
+import re
+import shutil
+import signal
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from server.engine.attention import ATTENTION_NAME, StepContext, attach_context
+from server.engine.built_files import publish
+from server.engine.compile_worker import CompileRequest
 from server.engine.compiled import CompiledForward
 from server.engine.forward import PackedForward, embed
 from server.engine.kernels.native import NativeUnavailableError, load_native, native_attention
@@ -51,6 +57,9 @@ class Backbone:
         plan, _ = build_plan(entries)
         batch = plan.batch(torch.device("cpu"))
         embeds = embed(self.model, torch.from_numpy(plan.token_ids))
+        for entry, first in zip(plan.entries, plan.query_starts[:-1].tolist(), strict=True):
+            if entry.vectors is not None:
+                embeds[first : first + entry.num_tokens] = entry.vectors
         positions, wanted = torch.from_numpy(plan.positions), torch.from_numpy(plan.logits_tokens)
 
         def eager() -> torch.Tensor:
@@ -201,30 +210,58 @@ def test_a_second_start_loads_what_the_first_compiled(
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
+    # What torch unpacks of its own accord goes here, where nothing can be put.
+    monkeypatch.setenv("TMPDIR", str(cache_dir / "nowhere"))
     compiled = backbone.compiled(cache_dir)
     compiled.start()
     join(compiled)
     assert compiled.is_ready, compiled.reason
     compiled.stop()
     assert compiled.state == "stopped"
+    assert not [path for path in (cache_dir / "compiled").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no package"])
+def test_a_package_that_does_not_load_is_made_again_once(
+    backbone: Backbone, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    compiled = backbone.compiled(tmp_path)
+    path, sound = compiled._package.path, backbone.compiled(cache_dir)._package.path
+    calls: list[bool] = []
+
+    def make_again(request: CompileRequest, **_: Any) -> None:
+        calls.append(path.exists())
+        publish_copy(sound, path)
+
+    monkeypatch.setattr("server.engine.package.run_child", make_again)
+    path.parent.mkdir()
+    if damage == "cut short":
+        publish_copy(sound, path)
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        (tmp_path / "made").write_bytes(b"no package")
+        publish(tmp_path / "made", path)
+
+    compiled.start()
+    join(compiled)
+
+    assert compiled.is_ready, compiled.reason
+    assert calls == [False]
+    compiled.stop()
+
+
+def publish_copy(source: Path, path: Path) -> None:
+    made = path.with_name("made")
+    shutil.copyfile(source, made)
+    publish(made, path)
 
 
 def test_a_package_is_a_small_file_without_the_weights(backbone: Backbone, cache_dir: Path) -> None:
     compiled = backbone.compiled(cache_dir)
-    package = compiled.package.read_bytes()
+    package = compiled._package.path.read_bytes()
     assert all(p.numpy().tobytes()[:256] not in package for p in backbone.model.parameters() if p.dim() > 1)
     assert all(b.numpy().tobytes()[:256] not in package for b in backbone.model.buffers() if b.dim() > 1)
-    assert not list(compiled.package.parent.glob(".compile-*"))
-    assert not list(compiled.package.parent.glob("*.build"))
-
-
-def test_other_backbones_dtypes_and_forms_have_packages_and_handles_of_their_own(
-    backbone: Backbone, tmp_path: Path
-) -> None:
-    variants: list[dict[str, Any]] = [{}, {"fingerprint": "e"}, {"dtype": torch.bfloat16}, {"form": "native"}]
-    made = [backbone.compiled(tmp_path, **changes) for changes in variants]
-    assert len({compiled.package for compiled in made}) == len({compiled.handle for compiled in made}) == len(made)
-    assert made[0].handle == backbone.compiled(tmp_path).handle < 2**63
+    assert not [path for path in compiled._package.path.parent.iterdir() if path.is_dir()]
 
 
 def test_a_second_engine_of_the_process_does_not_share_the_first_ones_graph(
@@ -239,7 +276,7 @@ def test_a_second_engine_of_the_process_does_not_share_the_first_ones_graph(
 
 def test_a_compiler_that_fails_leaves_eager_and_a_reason(backbone: Backbone, tmp_path: Path) -> None:
     compiled = backbone.compiled(tmp_path, form="nonsense")
-    compiled._request = dataclasses.replace(compiled._request, folder=str(tmp_path / "nowhere"))
+    compiled._package.request = dataclasses.replace(compiled._package.request, folder=str(tmp_path / "nowhere"))
     compiled.start()
     join(compiled)
     assert compiled.state == "failed"
@@ -258,22 +295,78 @@ def test_weights_in_onednns_layout_are_not_compiled_for(backbone: Backbone, tmp_
 
 
 def test_stop_ends_the_compiler(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    children: list[Any] = []
-    popen = subprocess.Popen
+    children: queue.Queue[subprocess.Popen[bytes]] = queue.Queue()
+    popen, deaf = subprocess.Popen, tmp_path / "deaf"
 
-    def sleeper(command: list[str], **given: Any) -> Any:
-        children.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **given))
-        return children[-1]
+    def sleeper(command: list[str], **given: Any) -> "subprocess.Popen[bytes]":
+        # Deaf to the polite signal.
+        child = popen(["/bin/sh", "-c", f"trap '' TERM; touch {deaf}; while :; do sleep 600; done"], **given)
+        children.put(child)
+        return child
 
     monkeypatch.setattr(subprocess, "Popen", sleeper)
+    monkeypatch.setattr("server.engine.compile_child._TERM_S", 0.3)
     compiled = backbone.compiled(tmp_path)
     compiled.start()
+    child = children.get(timeout=60)
+    give_up_s = time.monotonic() + 60
+    while not deaf.exists() and time.monotonic() < give_up_s:
+        time.sleep(0.01)
+    assert child.poll() is None
     compiled.stop()
     assert compiled.state == "stopped"
-    assert all(child.poll() is not None for child in children)
-    assert not compiled.package.exists()
+    assert child.poll() == -signal.SIGKILL
+    assert not compiled._package.path.exists()
+    assert not list(tmp_path.glob("compiled/*.build"))
 
 
-def test_the_request_survives_its_way_to_the_child(backbone: Backbone, tmp_path: Path) -> None:
-    request = backbone.compiled(tmp_path)._request
-    assert json.loads(request.to_json()) == dataclasses.asdict(request)
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("no compiler", "no C[+][+] compiler"), ("no memory", "memory are free, too little")]
+)
+def test_nothing_is_compiled_without_a_compiler_or_memory(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, reason: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    compiled = backbone.compiled(tmp_path)
+    if fault == "no compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    else:
+        needed = sum(parameter.nbytes for parameter in backbone.model.parameters())
+        monkeypatch.setattr("server.engine.compile_child.available_bytes", lambda: needed)
+    compiled.start()
+    join(compiled)
+    assert compiled.state == "failed"
+    assert re.search(reason, str(compiled.reason))
+    compiled.stop()
+
+
+def test_a_size_on_trial_is_not_settled_until_it_was_tried_often_enough(
+    backbone: Backbone, ready: CompiledForward
+) -> None:
+    pool = backbone.pool()
+    rows = entries(pool, [6])
+    assert ready.is_settled
+    for is_settled in (False, False, False, True):
+        backbone.step(ready, pool, rows)
+        assert ready.is_settled is is_settled
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_row_of_nan_neither_ends_nor_hides_a_trial(
+    backbone: Backbone, ready: CompiledForward, order: tuple[int, ...]
+) -> None:
+    pool = backbone.pool()
+    clean, spoiled = entries(pool, [6, 5])
+    nan = torch.full((5, backbone.model.config.hidden_size), float("nan"))
+    spoiled = PlanEntry(spoiled.pages, 0, spoiled.token_ids, logits_from=0, vectors=nan)
+    both = [(clean, spoiled)[place] for place in order]
+    for _ in range(4):
+        backbone.step(ready, pool, [spoiled])
+    assert not ready._trials[4].differences
+    for _ in range(4):
+        backbone.step(ready, pool, both)
+    assert ready._trials[8].is_over
+    assert ready.state == "trial", ready.reason

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from server.engine.linear import LinearError, PackedEmbedding, PackedLinear, prepare_linears
+from server.engine.linear import LinearError, PackedEmbedding, PackedLinear, ProbeError, prepare_linears
 from server.engine.packed_weights import (
     NativeProjections,
+    PlainProjections,
     Quantization,
     WeightForm,
     fastest_form,
@@ -283,6 +284,41 @@ def test_weights_that_multiply_wrongly_are_refused(folders: dict[str, Path], mon
     monkeypatch.setattr("server.engine.linear.pack", spoiled)
     with pytest.raises(LinearError, match="differ"):
         prepare_linears(load(folders["llama"]), form="plain")
+
+
+@pytest.mark.parametrize("spoiled_rows", [1, 6, 30])
+def test_products_that_are_wrong_for_one_number_of_rows_alone_are_noticed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, spoiled_rows: int
+) -> None:
+    multiply = PlainProjections.multiply
+
+    def spoiled(self: PlainProjections, rows: torch.Tensor) -> Any:
+        answers = multiply(self, rows)
+        return [answer.roll(1, -1) for answer in answers] if rows.shape[-2] == spoiled_rows else answers
+
+    monkeypatch.setattr(PlainProjections, "multiply", spoiled)
+    with pytest.raises(LinearError, match="differ"):
+        prepare_linears(load(folders["llama"]), form="plain")
+
+
+def test_rounding_that_the_gate_allows_is_allowed(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep model's bf16 logits move by more than a shallow one's: 0.04 of their spread were seen at 30 layers."""
+    model = load(folders["llama"], torch.bfloat16)
+    monkeypatch.setattr("server.engine.linear.relative_difference", lambda found, expected: 0.06)
+    assert prepare_linears(model, form="plain").error == 0.06
+
+
+def test_a_model_that_cannot_be_run_is_told_from_weights_that_cannot_be_packed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folders["llama"])
+    with monkeypatch.context() as broken:
+        broken.setattr(model.get_submodule("model"), "forward", _fail)
+        with pytest.raises(ProbeError, match="RuntimeError: cut short"):
+            prepare_linears(model, form="plain")
+    monkeypatch.setattr("server.engine.linear.pack", _fail)
+    with pytest.raises(LinearError, match="RuntimeError: cut short"):
+        prepare_linears(model, form="plain")
 
 
 def test_prepare_works_under_inference_mode(folders: dict[str, Path]) -> None:

@@ -315,20 +315,6 @@ def test_prefix_without_room_waits_until_the_rows_that_hold_others_have_ended(ll
     assert bench.loads == [held.prefix_key, waiting.prefix_key]
 
 
-def test_prefix_without_room_does_not_hold_up_smaller_ones(llama: Backbone) -> None:
-    bench = Bench(llama, prefix_pages=4)
-    held, large, small = bench.add("a", k=32), bench.add("b", k=48), bench.add("c", k=16)
-    bench.bring(held)
-    assert bench.residency.acquire(held) is not None
-    for ref in (large, small):
-        bench.residency.bring(ref)
-    bench.arrive()
-    assert bench.residency.compile_wanted(0.0) == [], "the one that was made is the second in the order of asking"
-    assert bench.where(held, large, small) == ["device", "host", "device"]
-    assert bench.residency.compile_wanted(60.0) == []
-    assert bench.where(large, small) == ["host", "device"], "nothing is evicted in vain"
-
-
 def test_pinned_prompts_are_brought_and_fill_at_most_half_of_the_memory(
     llama: Backbone, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -249,6 +249,20 @@ def test_shared_page_that_holds_another_text_is_refused() -> None:
         keeper.cache.insert("a", None, 0, make_tokens(0, [2]), pages, serial)
 
 
+def test_nothing_is_kept_of_a_row_one_of_whose_pages_holds_another_text() -> None:
+    keeper = Keeper()
+    (foreign,) = keeper.leave(make_tokens(0, [1]))
+    own = keeper.ledger.allocate(9, 1)
+    assert own is not None
+    with pytest.raises(RuntimeError, match="another text"):
+        keeper.cache.insert("a", None, 0, make_tokens(0, [2, 3]), [int(own[0]), foreign], 9)
+    assert keeper.ledger.owner[own].tolist() == [9]
+    assert keeper.cache.num_pages == 1
+    keeper.cache.check_invariants()
+    keeper.ledger.release(own, 9)
+    keeper.ledger.check_invariants()
+
+
 def test_pages_without_enough_tokens_are_refused() -> None:
     keeper = Keeper()
     pages = keeper.ledger.allocate(1, 2)

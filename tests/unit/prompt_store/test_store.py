@@ -316,3 +316,14 @@ def test_readers_never_see_a_version_older_than_a_finished_write(store: PromptSt
     stop.set()
     reader.join()
     assert failures == []
+
+
+def test_prefix_key_is_a_tenants_as_long_as_one_of_its_versions_has_it(store: PromptStore) -> None:
+    key = put(store, seed=1, task="one").prefix_key
+    assert put(store, seed=1, task="two").prefix_key == key
+    put(store, seed=1, task="one", tenant="other")
+    store.delete_task("acme", "one")
+    assert store.has_prefix("acme", key)
+    store.delete_task("acme", "two")
+    assert not store.has_prefix("acme", key)
+    assert store.has_prefix("other", key)

@@ -50,10 +50,11 @@ struct Work {
   std::vector<Item> items;
   std::vector<int64_t> written_first;  // tokens whose keys and values no single item may write
   struct Split {
-    int first_partial, num_partials;
+    int64_t first_number;  // of its partials, which lie side by side
+    int num_partials, queries;
   };
-  std::vector<Split> splits;  // one a (row, kv head)
-  int num_partials = 0;
+  std::vector<Split> splits;     // one a (row, kv head)
+  int64_t partial_numbers = 0;  // of all partials
   int max_queries = 0;
   int64_t cost = 0;  // numbers of keys and values that are read, about
 };
@@ -64,12 +65,14 @@ Work share_out(const Layer<T>& layer, const Step& step, int64_t num_pages, int64
   const int32_t* lengths = step.lengths.const_data_ptr<int32_t>();
   const int32_t* starts = step.query_starts.const_data_ptr<int32_t>();
   const int tokens_a_block = kMaxQueries / layer.group;
+  const int64_t numbers_a_query = rounded_to_lanes(layer.value_dim) + 2;
   Work work;
   // Chunks first: the small items at the end even out the threads' times.
   for (const bool decoding : {false, true}) {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t count = starts[row + 1] - starts[row], length = lengths[row];
       if ((count == 1) != decoding) continue;
+      if (count == 0 && length == 0) continue;  // pads the batch
       const int32_t* table = layer.page_table + row * layer.table_width;
       const int64_t pages = (length + kPageSize - 1) / kPageSize;
       TORCH_CHECK(count >= 1 && count <= length && starts[row] >= 0 && starts[row + 1] <= num_tokens, "row ", row,
@@ -105,8 +108,9 @@ Work share_out(const Layer<T>& layer, const Step& step, int64_t num_pages, int64
             continue;
           }
           item.split = static_cast<int>(work.splits.size());
-          work.splits.push_back({work.num_partials, end_segment - first_segment});
-          work.num_partials += end_segment - first_segment;
+          const int num_partials = end_segment - first_segment, queries = block * layer.group;
+          work.splits.push_back({work.partial_numbers, num_partials, queries});
+          work.partial_numbers += num_partials * queries * numbers_a_query;
           for (int segment = first_segment; segment < end_segment; ++segment) {
             item.first_segment = segment;
             item.end_segment = segment + 1;
@@ -134,13 +138,12 @@ void write_ahead(const Layer<T>& layer, const std::vector<int64_t>& tokens) {
 template <typename T>
 void run(const Layer<T>& layer, const Work& work) {
   const int value_numbers = rounded_to_lanes(layer.value_dim);
-  const int64_t partial_numbers = int64_t{work.max_queries} * (value_numbers + 2);
-  const at::Tensor partials = at::empty({work.num_partials * partial_numbers}, at::kFloat);
+  const at::Tensor partials = at::empty({work.partial_numbers}, at::kFloat);
   std::vector<std::atomic<int>> finished(work.splits.size());
-  const auto partial_at = [&](int index) {
-    float* first = partials.mutable_data_ptr<float>() + index * partial_numbers;
-    float* maxima = first + int64_t{work.max_queries} * value_numbers;
-    return Partial{first, maxima, maxima + work.max_queries};
+  const auto partial_at = [&](const Work::Split& split, int index) {
+    const int64_t sums = int64_t{split.queries} * value_numbers;
+    float* first = partials.mutable_data_ptr<float>() + split.first_number + index * (sums + 2 * split.queries);
+    return Partial{first, first + sums, first + sums + split.queries};
   };
   const int64_t num_items = static_cast<int64_t>(work.items.size());
   std::atomic<int64_t> taken{0};
@@ -160,14 +163,13 @@ void run(const Layer<T>& layer, const Work& work) {
       const Work::Split& split = work.splits[item.split];
       // The segments of a split lie side by side, so the first of them is found from any of them.
       const int first_segment = static_cast<int>(layer.first_seen(item.first_column) / kSegmentColumns);
-      const Partial mine = partial_at(split.first_partial + item.first_segment - first_segment);
+      const Partial mine = partial_at(split, item.first_segment - first_segment);
       runner.run(item, following, &mine);
       // Whoever comes last sees what the others wrote, and merges all of it in order.
       if (finished[item.split].fetch_add(1, std::memory_order_acq_rel) + 1 < split.num_partials) continue;
-      const Partial whole = partial_at(split.first_partial);
-      const int queries = item.num_tokens * layer.group;
+      const Partial whole = partial_at(split, 0);
       for (int other = 1; other < split.num_partials; ++other) {
-        ItemRunner<T>::merge(whole, partial_at(split.first_partial + other), queries, value_numbers);
+        ItemRunner<T>::merge(whole, partial_at(split, other), split.queries, value_numbers);
       }
       runner.finish(item, whole);
     }

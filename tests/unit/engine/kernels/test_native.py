@@ -164,6 +164,48 @@ def test_batch_of_padding_alone_is_answered_with_zeros() -> None:
     torch.testing.assert_close(key_pages, case.key_pages, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [[RowSize(1, 20), RowSize(1, 700)], [RowSize(1, 20), RowSize(30, 60)]])
+def test_rows_without_tokens_that_pad_a_batch_are_left_alone(rows: list[RowSize]) -> None:
+    case = make_case(LLAMA, rows, num_padding=2)
+    expected, expected_key_pages, _ = case.run(native_attention)
+    batch, num_pages = case.batch, case.batch.page_table.shape[1]
+    padded = replace(
+        batch,
+        page_table=torch.cat([batch.page_table, torch.full((3, num_pages), -1, dtype=torch.int32)]),
+        lengths=torch.cat([batch.lengths, torch.zeros(3, dtype=torch.int32)]),
+        query_starts=torch.cat([batch.query_starts, batch.query_starts[-1:].expand(3)]),
+    )
+
+    answers, key_pages, _ = replace(case, batch=padded).run(native_attention)
+
+    assert torch.equal(answers, expected)
+    torch.testing.assert_close(key_pages, expected_key_pages, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("count", "length"), [(0, 5), (3, 2)])
+def test_row_with_columns_that_its_tokens_do_not_fit_is_refused(count: int, length: int) -> None:
+    case = make_case(LLAMA, [RowSize(3, 20)])
+    case.batch.query_starts[1] = count
+    case.batch.lengths[0] = length
+
+    with pytest.raises(RuntimeError, match=f"row 0 has {count} tokens and {length} columns"):
+        case.run(native_attention)
+
+
+def test_a_long_row_takes_no_more_room_for_each_of_its_parts_than_it_has_queries() -> None:
+    """The wide row alone has items of many queries; the long one must not pay for them in each of its segments."""
+    shape = HeadShape(heads=1, kv_heads=1, key_dim=16, value_dim=16)
+    long, wide = RowSize(1, 100_000), RowSize(96, 96)
+    case = make_case(shape, [long, wide])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        native_attention(
+            case.query, case.key, case.value, case.key_pages, case.value_pages, case.batch, case.layer
+        )  # fmt: skip
+    taken = sum(event.cpu_memory_usage for event in profile.events() if event.name == "aten::empty")
+    num_segments = -(-100_000 // 512)
+    assert taken < 4 * (num_segments * (16 + 2) + (96 + 1) * 16) + 4096
+
+
 def test_slot_beside_the_row_s_own_last_column_is_still_written_before_anything_is_read() -> None:
     case = make_case(LLAMA, [RowSize(1, 20), RowSize(1, 37)])
     # The second row writes where the first reads.

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engine.built_files import is_whole, publish
 from server.engine.kernels import native
-from server.engine.kernels.native import Level, NativeUnavailableError, all_levels, build, is_built, library_path
+from server.engine.kernels.native import Level, NativeUnavailableError, all_levels, build, library_path
 
 ROOT = Path(__file__).resolve().parents[4]
 PLAIN = all_levels()[-1]
+BEST = Level("best", ("-O1",), ())
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="there is no C++ compiler"
@@ -47,15 +49,15 @@ def test_library_is_built_once_however_many_want_it(tmp_path: Path, monkeypatch:
     calls = tmp_path / "calls"
     real = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     monkeypatch.setenv("CXX", str(write_compiler(tmp_path / "cxx", f'echo . >> {calls}\nexec {real} "$@"')))
-    assert not is_built(tmp_path / "cache")
 
     with ThreadPoolExecutor(4) as threads:
         paths = list(threads.map(lambda _: build(tmp_path / "cache"), range(4)))
 
     assert len(set(paths)) == 1
     assert len(calls.read_text().split()) == 3  # two sources, one link
-    assert is_built(tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == [paths[0].name]
+    assert is_whole(paths[0])
+    kept = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock")
+    assert kept == [paths[0].name, f"{paths[0].name}.sha256"]
 
 
 @needs_compiler
@@ -111,11 +113,61 @@ def test_name_changes_with_sources_level_and_torch(sources: Path, monkeypatch: p
 
 @needs_compiler
 @pytest.mark.usefixtures("sources")
-def test_library_built_ahead_is_found_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(native.BUILT_AHEAD, PLAIN)
+def test_library_built_ahead_is_loaded_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = build(native.BUILT_AHEAD, PLAIN)
     monkeypatch.setenv("CXX", "no-such-compiler")
 
-    assert is_built(tmp_path / "cache")
+    assert native._load(tmp_path / "cache", (PLAIN,), may_build=True) == ahead
+
+
+@needs_compiler
+@pytest.mark.usefixtures("sources")
+@pytest.mark.parametrize("place", ["cache", "ahead"])
+def test_library_that_was_cut_short_is_not_loaded_but_built_again(tmp_path: Path, place: str) -> None:
+    damaged = build(tmp_path / place, PLAIN)
+    os.truncate(damaged, damaged.stat().st_size // 2)
+
+    loaded = native._load(tmp_path / "cache", (PLAIN,), may_build=True)
+
+    assert loaded == library_path(tmp_path / "cache", PLAIN)
+    assert is_whole(loaded)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("sources")
+def test_library_that_cannot_be_loaded_is_built_again(tmp_path: Path) -> None:
+    path = library_path(tmp_path / "cache", PLAIN)
+    path.parent.mkdir()
+    (path.parent / "made").write_bytes(b"no library")
+    publish(path.parent / "made", path)
+
+    assert native._load(path.parent, (PLAIN,), may_build=True) == path
+    assert path.read_bytes().startswith(b"\x7fELF")
+
+
+@needs_compiler
+@pytest.mark.usefixtures("sources")
+def test_lesser_level_serves_only_where_the_best_cannot_be_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lesser = build(tmp_path, PLAIN)
+
+    with monkeypatch.context() as without_compiler:
+        without_compiler.setenv("CXX", "no-such-compiler")
+        assert native._load(tmp_path, (BEST, PLAIN), may_build=True) == lesser
+    assert "plain in place of best: there is no C++ compiler" in caplog.text
+    assert native._load(tmp_path, (BEST, PLAIN), may_build=True) == library_path(tmp_path, BEST)
+
+
+@needs_compiler
+def test_of_libraries_of_older_sources_the_newest_few_stay(sources: Path, tmp_path: Path) -> None:
+    made = []
+    for version in range(5):
+        (sources / "answer.cpp").write_text(f"int answer() {{ return {version}; }}")
+        made.append(build(tmp_path / "cache", PLAIN))
+    other = build(tmp_path / "cache", BEST)
+
+    assert {path for path in (tmp_path / "cache").iterdir() if path.suffix == ".so"} == {*made[-3:], other}
 
 
 def test_levels_that_this_cpu_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
