@@ -9,6 +9,7 @@ the rows' keys and values, which the goal leaves out.
 
 import argparse
 import statistics
+from functools import partial
 from typing import Any
 
 from benchmarks.decode_timer import DecodeTimer, StepTimes
@@ -28,6 +29,7 @@ from benchmarks.rounds import (
 )
 from server.engine.checkpoint import DTYPES
 from server.engine.config import EngineConfig
+from server.engine.own_thread import run_in_own_thread
 
 GOALS = {1: "≥ 0.65", 32: "≥ 0.5"}
 
@@ -51,7 +53,7 @@ def main() -> None:
 
         settle(backbone, warm_up, runs=1)
         for _ in range(args.rounds):
-            limits.append(measure_machine(backbone.device, dtype, quick=args.quick))
+            limits.append(run_in_own_thread(partial(measure_machine, backbone.device, dtype, quick=args.quick)))
             for rows in args.rows:
                 steps[rows].append(timer.measure(rows, num_steps=args.steps))
     ratios: dict[str, Ratio] = {}

@@ -35,6 +35,7 @@ from benchmarks.rounds import (
 from benchmarks.workload import Workload, make_workload
 from server.engine.checkpoint import DTYPES
 from server.engine.config import EngineConfig
+from server.engine.own_thread import run_in_own_thread
 
 PEFT = "PEFT one at a time"
 MUX = "promptmux"
@@ -63,8 +64,8 @@ def main() -> None:
         for lengths in ("fixed", "lognormal")
     }
     dtype = DTYPES[backbone.dtype_name]
-    model = load_stock_model(folder, dtype)
-    peft = PeftOneAtATime(folder, dtype, loads["fixed"])
+    model = run_in_own_thread(partial(load_stock_model, folder, dtype))
+    peft = run_in_own_thread(partial(PeftOneAtATime, folder, dtype, loads["fixed"]))
     config = EngineConfig(max_rows=args.max_rows, max_step_tokens=args.max_step_tokens, audit_share=args.audit_share)
     with OfflineEngine(backbone, config) as engine:
 
@@ -89,12 +90,13 @@ def main() -> None:
             load = refresh(loads[system[0]], backbone.vocab_size, seed=args.seed, number=number)
 
             def answer() -> None:
-                answers[system] = systems[system](load)
+                # A peer that ran on this thread would leave a team of threads beside the engine's (decision 11).
+                answers[system] = run_in_own_thread(partial(systems[system], load))
 
             return timed(answer)
 
         for (lengths, _), system in systems.items():
-            system(Workload(loads[lengths].prompts, loads[lengths].requests[:8]))
+            run_in_own_thread(partial(system, Workload(loads[lengths].prompts, loads[lengths].requests[:8])))
         for lengths in loads:
             settle(backbone, partial(run, (lengths, MUX)))
         seconds = interleave({f"{system[0]}: {system[1]}": partial(run, system) for system in systems}, args.rounds)

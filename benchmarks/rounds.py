@@ -23,6 +23,7 @@ from benchmarks.workload import Workload
 from server.embedded import default_cache_dir, ensure_embedded_backbone
 from server.engine.backbone import Backbone
 from server.engine.checkpoint import DTYPES
+from server.engine.own_thread import run_in_own_thread
 
 FIRST_SETTLING_ROUND = 1_000_000
 SETTLING_RUNS = 5
@@ -91,9 +92,13 @@ def settle(backbone: Backbone, run: Callable[[int], object], *, runs: int = SETT
 
 def embeddings_of(backbone: Backbone) -> npt.NDArray[np.float32]:
     """The backbone's input embeddings `[vocab_size, hidden_size]`, from which workloads draw their prompts."""
-    weight: Any = backbone.model.get_input_embeddings().weight
-    embeddings: npt.NDArray[np.float32] = weight.detach().float().cpu().numpy()
-    return embeddings
+
+    def copy() -> npt.NDArray[np.float32]:
+        weight: Any = backbone.model.get_input_embeddings().weight
+        embeddings: npt.NDArray[np.float32] = weight.detach().float().cpu().numpy()
+        return embeddings
+
+    return run_in_own_thread(copy)
 
 
 def refresh(load: Workload, vocab_size: int, *, seed: int, number: int) -> Workload:
