@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 
 from benchmarks.machine import describe_machine, report
-from benchmarks.offline import OfflineEngine
 from benchmarks.rounds import (
     embeddings_of,
     interleave,
@@ -26,7 +25,8 @@ from benchmarks.rounds import (
     settle,
     timed,
 )
-from benchmarks.workload import BenchRequest, Workload, make_workload
+from server.bench.offline import OfflineEngine
+from server.bench.workload import BenchRequest, Workload, make_workload
 from server.engine.config import EngineConfig
 
 GOALS = {100: "≤ 1.05"}

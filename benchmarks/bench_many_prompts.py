@@ -10,7 +10,6 @@ import argparse
 from functools import partial
 
 from benchmarks.machine import describe_machine, report
-from benchmarks.offline import OfflineEngine
 from benchmarks.rounds import (
     embeddings_of,
     interleave,
@@ -26,7 +25,8 @@ from benchmarks.rounds import (
     speed_table,
     timed,
 )
-from benchmarks.workload import Workload, make_workload
+from server.bench.offline import OfflineEngine
+from server.bench.workload import Workload, make_workload
 from server.engine.config import EngineConfig
 
 ONE = "one prompt"

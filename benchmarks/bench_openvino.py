@@ -20,7 +20,6 @@ from pathlib import Path
 
 from benchmarks.gguf_export import write_gguf
 from benchmarks.machine import describe_machine, report
-from benchmarks.offline import OfflineEngine
 from benchmarks.openvino_peer import PRECISIONS, OpenVinoPeer, PeerRun
 from benchmarks.rounds import (
     Ratio,
@@ -39,7 +38,8 @@ from benchmarks.rounds import (
     speed_table,
     timed,
 )
-from benchmarks.workload import Workload, make_workload
+from server.bench.offline import OfflineEngine
+from server.bench.workload import Workload, make_workload
 from server.engine.config import EngineConfig
 
 LENGTHS = ("fixed", "lognormal")

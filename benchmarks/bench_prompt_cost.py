@@ -9,7 +9,6 @@ import argparse
 from functools import partial
 
 from benchmarks.machine import describe_machine, report
-from benchmarks.offline import OfflineEngine
 from benchmarks.rounds import (
     embeddings_of,
     interleave,
@@ -25,7 +24,8 @@ from benchmarks.rounds import (
     speed_table,
     timed,
 )
-from benchmarks.workload import Workload, make_workload
+from server.bench.offline import OfflineEngine
+from server.bench.workload import Workload, make_workload
 from server.engine.config import EngineConfig
 
 NONE = "no prompt"

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.machine import describe_machine, report
-from benchmarks.offline import OfflineEngine
 from benchmarks.peers import PeftOneAtATime, StaticBatch, load_stock_model
 from benchmarks.rounds import (
     Ratio,
@@ -32,7 +31,8 @@ from benchmarks.rounds import (
     speed_table,
     timed,
 )
-from benchmarks.workload import Workload, make_workload
+from server.bench.offline import OfflineEngine
+from server.bench.workload import Workload, make_workload
 from server.engine.checkpoint import DTYPES
 from server.engine.config import EngineConfig
 from server.engine.own_thread import run_in_own_thread

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from benchmarks.workload import BenchRequest, Workload
+from server.bench.workload import BenchRequest, Workload
 
 
 def load_stock_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.workload import Workload
+from server.bench.workload import Workload
 from server.embedded import default_cache_dir, ensure_embedded_backbone
 from server.engine.backbone import Backbone
 from server.engine.checkpoint import DTYPES

@@ -132,7 +132,7 @@ def _convert_atomically(path: Path, entry: Path, name: str, *, progress: bool) -
         # Also on Ctrl-C: half a folder is of no use to the next start.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync(entry.parent)
+    fsync(entry.parent)
     if progress:
         _say("Converted.")
 
@@ -185,10 +185,11 @@ def _make_durable(folder: Path) -> None:
     """Readable by whoever may read the cache, and on the disk before the rename makes it visible."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-        _fsync(path)
+        fsync(path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or a folder's list of names, written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

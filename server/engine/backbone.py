@@ -49,7 +49,7 @@ from server.engine.model_limits import (
     hidden_size,
     num_windowed_layers,
 )
-from server.engine.own_thread import run_in_own_thread
+from server.engine.own_thread import in_own_thread
 from server.engine.packed_weights import Quantization
 from server.engine.plan import StepPlan
 from server.engine.status import CompiledState
@@ -99,6 +99,7 @@ class Backbone:
         self._compiled: CompiledForward | None = None
 
     @classmethod
+    @in_own_thread
     def load(
         cls,
         source: str,
@@ -116,30 +117,6 @@ class Backbone:
         one. `quantization` "int8" stores the weights of linear layers in 8 bits (CPU only). `cache_dir` keeps the
         fingerprint and compiled steps. Raises BackboneError.
         """
-        return run_in_own_thread(
-            lambda: cls._load(
-                source,
-                dtype=dtype,
-                device=device,
-                max_model_len=max_model_len,
-                cache_dir=cache_dir,
-                name=name,
-                quantization=quantization,
-            )
-        )
-
-    @classmethod
-    def _load(
-        cls,
-        source: str,
-        *,
-        dtype: str,
-        device: str,
-        max_model_len: int | None,
-        cache_dir: Path | None,
-        name: str | None,
-        quantization: Quantization,
-    ) -> "Backbone":
         chosen_device = choose_device(device)
         chosen_dtype = choose_dtype(dtype, chosen_device)
         if quantization == "int8" and chosen_device.type != "cpu":

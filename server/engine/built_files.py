@@ -7,23 +7,24 @@ the process with SIGBUS, at every start. So each file has its SHA-256 beside it.
 import contextlib
 import hashlib
 import mmap
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from server.embedded import fsync
+
 
 def publish(made: Path, path: Path) -> None:
     """Move `made`, on the same file system, to `path`: whole and on the disk, its digest before it, or not at all."""
-    _fsync(made)
+    fsync(made)
     beside = _digest_file(path)
     # The digest goes first: between the two renames the file counts as broken, never as whole when it is not.
     temporary = made.with_name(f"{made.name}.digest")
     temporary.write_text(_digest(made))
-    _fsync(temporary)
+    fsync(temporary)
     temporary.replace(beside)
     made.replace(path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def is_whole(path: Path) -> bool:
@@ -73,11 +74,3 @@ def _digest_file(path: Path) -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

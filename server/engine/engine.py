@@ -206,7 +206,7 @@ class Engine:
         self._scheduler.check_invariants()
         rows = self._rows.values()
         self._memory.check_invariants(rows)
-        self._prefixes.device.check_invariants()
+        self._prefixes.check_invariants()
         users = sum(row.prefix is not None and row.prefix.is_alive for row in rows)
         if users != self._prefixes.device.num_users:
             raise RuntimeError(f"prefixes count {self._prefixes.device.num_users} users, {users} rows hold one")

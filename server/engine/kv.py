@@ -7,13 +7,13 @@ serve in either: `row_pages` for rows and the texts they leave behind, `prefix_p
 cannot keep a prompt from being brought, and a crowd of prompts cannot keep a row from running.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
-from server.engine.kernels.gather import read_columns
 from server.engine.pages import PAGE_SIZE, PageLedger, PageNumbers
 
 
@@ -41,21 +41,42 @@ class KeysValues:
     def num_tokens(self) -> int:
         return int(self.keys[0].shape[1])
 
+
+@dataclass(frozen=True, slots=True)
+class StackedColumns:
+    """Keys and values of n columns as a pool holds them: a tensor a stack of layers, `[layers, kv_heads, n, dim]`.
+
+    The stacks of keys come first, then as many of values.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.parts[0].shape[2])
+
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(part.numel() * part.element_size() for part in self.parts)
 
-    def columns(self, first: int, end: int) -> "KeysValues":
+    def columns(self, first: int, end: int) -> "StackedColumns":
         """A view of columns `first .. end - 1`."""
-        return KeysValues(
-            tuple(keys[:, first:end] for keys in self.keys), tuple(values[:, first:end] for values in self.values)
-        )
+        return StackedColumns(tuple(part[:, :, first:end] for part in self.parts))
 
-    def clone(self) -> "KeysValues":
-        return KeysValues(tuple(keys.clone() for keys in self.keys), tuple(values.clone() for values in self.values))
+    def clone(self) -> "StackedColumns":
+        return StackedColumns(tuple(part.clone() for part in self.parts))
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(t).all()) for t in (*self.keys, *self.values))
+        return all(bool(torch.isfinite(part).all()) for part in self.parts)
+
+    def by_layer(self) -> KeysValues:
+        """The same, a view a layer."""
+        layers = [tuple(layer for part in half for layer in part) for half in self._halves()]
+        return KeysValues(*layers)
+
+    def _halves(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        middle = len(self.parts) // 2
+        return self.parts[:middle], self.parts[middle:]
 
 
 def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
@@ -86,15 +107,17 @@ class KvPool:
         self.prefix_pages = prefix_pages
         self.num_prefix_pages = 0
         self.page_bytes = bytes_per_token(layers, dtype) * PAGE_SIZE
+        # Equal layers lie in one tensor, so that a prompt's columns are copied in two calls and not in two a layer.
+        is_uniform = all(layer == layers[0] for layer in layers)
+        self._stack_sizes = [len(layers)] if is_uniform else [1] * len(layers)
+        shapes = [(size, self.ledger.num_pages) for size in self._stack_sizes]
+        stacked = list(zip(shapes, layers, strict=False))
         # Not zeroed: the system hands out memory as it is first written, so that a large pool costs what is used of it.
-        shape = [(self.ledger.num_pages, layer.kv_heads, PAGE_SIZE) for layer in layers]
-        self.key_pages = [
-            torch.empty((*s, layer.key_dim), dtype=dtype, device=device) for s, layer in zip(shape, layers, strict=True)
-        ]
-        self.value_pages = [
-            torch.empty((*s, layer.value_dim), dtype=dtype, device=device)
-            for s, layer in zip(shape, layers, strict=True)
-        ]
+        keys = [torch.empty((*s, x.kv_heads, PAGE_SIZE, x.key_dim), dtype=dtype, device=device) for s, x in stacked]
+        values = [torch.empty((*s, x.kv_heads, PAGE_SIZE, x.value_dim), dtype=dtype, device=device) for s, x in stacked]
+        self._stacks = (*keys, *values)
+        self.key_pages = [stack[layer] for stack in keys for layer in range(len(stack))]
+        self.value_pages = [stack[layer] for stack in values for layer in range(len(stack))]
         self._poison_freed = poison_freed
         if poison_freed:
             self._poison(np.arange(self.ledger.num_pages, dtype=np.int32))
@@ -135,16 +158,22 @@ class KvPool:
         self.release(pages, owner)
         self.num_prefix_pages -= len(pages)
 
-    def write(self, pages: PageNumbers, columns: KeysValues) -> None:
-        """Put columns into the pages from the first one's beginning. The caller owns the pages."""
-        k = columns.num_tokens
-        for pool, tensors in ((self.key_pages, columns.keys), (self.value_pages, columns.values)):
-            for layer, tensor in zip(pool, tensors, strict=True):
-                for index in range(num_pages_for(k)):
-                    part = tensor[:, index * PAGE_SIZE : min((index + 1) * PAGE_SIZE, k)]
-                    layer[int(pages[index]), :, : part.shape[1]].copy_(part)
+    def stack(self, columns: KeysValues) -> StackedColumns:
+        """A copy of columns that come layer by layer, as this pool holds them."""
+        parts = [
+            torch.stack(part) for tensors in (columns.keys, columns.values) for part in _cut(tensors, self._stack_sizes)
+        ]
+        return StackedColumns(tuple(parts))
 
-    def write_tail(self, page: int, tail: KeysValues, owner: int, prefix_uid: int) -> None:
+    def write(self, pages: PageNumbers, columns: StackedColumns) -> None:
+        """Put columns into the pages from the first one's beginning. The caller owns the pages."""
+        for index in range(num_pages_for(columns.num_tokens)):
+            first = index * PAGE_SIZE
+            part_of_page = columns.columns(first, min(first + PAGE_SIZE, columns.num_tokens))
+            for stack, part in zip(self._stacks, part_of_page.parts, strict=True):
+                stack[:, int(pages[index]), :, : part.shape[2]].copy_(part)
+
+    def write_tail(self, page: int, tail: StackedColumns, owner: int, prefix_uid: int) -> None:
         """Put the last columns of a prefix at the beginning of a row's own page, and note whose they are.
 
         Raises RuntimeError when the page is not `owner`'s, before anything is written.
@@ -152,13 +181,11 @@ class KvPool:
         self.ledger.stamp_tail(page, owner, prefix_uid)
         self.write(np.array([page], dtype=np.int32), tail)
 
-    def read(self, pages: PageNumbers, num_columns: int) -> KeysValues:
+    def read(self, pages: PageNumbers, num_columns: int) -> StackedColumns:
         """A copy of the first `num_columns` columns of a row with these pages."""
-        index = torch.from_numpy(pages[: num_pages_for(num_columns)].astype(np.int64)).to(self.key_pages[0].device)
-        return KeysValues(
-            tuple(read_columns(keys, index, num_columns).contiguous() for keys in self.key_pages),
-            tuple(read_columns(values, index, num_columns).contiguous() for values in self.value_pages),
-        )
+        index = torch.from_numpy(pages[: num_pages_for(num_columns)].astype(np.int64)).to(self._stacks[0].device)
+        gathered = [stack[:, index].transpose(1, 2).flatten(2, 3) for stack in self._stacks]
+        return StackedColumns(tuple(part[:, :, :num_columns] for part in gathered))
 
     def check_invariants(self) -> None:
         """Raises RuntimeError when the ledger contradicts itself or a part is over its size."""
@@ -170,5 +197,12 @@ class KvPool:
 
     def _poison(self, pages: PageNumbers) -> None:
         index = torch.from_numpy(pages.astype(np.int64))
-        for tensor in (*self.key_pages, *self.value_pages):
-            tensor[index] = float("nan")
+        for stack in self._stacks:
+            stack[:, index] = float("nan")
+
+
+def _cut(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Split a sequence into runs of these lengths."""
+    remaining = iter(tensors)
+    for size in sizes:
+        yield tuple(islice(remaining, size))

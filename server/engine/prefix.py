@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prompt_store.manifest import SoftPrompt
-from server.engine.kv import KeysValues, KvPool, num_pages_for
+from server.engine.kv import KvPool, StackedColumns, num_pages_for
 from server.engine.pages import SHARED, PageNumbers
 from server.engine.request import PromptRef
 from server.errors import PromptmuxError, UnavailableError
@@ -35,7 +35,7 @@ class Prefix:
     key: str
     digest: str
     pages: PageNumbers
-    tail: KeysValues | None
+    tail: StackedColumns | None
     num_bytes: int
     num_users: int = 0
     is_alive: bool = True
@@ -130,7 +130,7 @@ class PrefixCache:
         """End what `close_for` began."""
         self._closed = frozenset()
 
-    def insert(self, ref: PromptRef, pages: PageNumbers, tail: KeysValues | None) -> Prefix:
+    def insert(self, ref: PromptRef, pages: PageNumbers, tail: StackedColumns | None) -> Prefix:
         """Take over shared pages that hold the prompt's full pages, and its tail."""
         if ref.prefix_key in self._prefixes:
             raise RuntimeError(f"prefix {ref.digest[:12]} is compiled twice")
@@ -282,3 +282,10 @@ class HostCache:
         prompt = self._prompts.pop(key, None)
         if prompt is not None:
             self.num_bytes -= prompt.values.nbytes
+
+    def check_invariants(self) -> None:
+        """Raises RuntimeError when the bytes do not add up, or more than one prompt is over the limit."""
+        if self.num_bytes != sum(prompt.values.nbytes for prompt in self._prompts.values()):
+            raise RuntimeError("the host tier has lost count of its bytes")
+        if self.num_bytes > self._max_bytes and len(self._prompts) > 1:
+            raise RuntimeError(f"the host tier holds {self.num_bytes} bytes, {self._max_bytes} are allowed")

@@ -207,7 +207,7 @@ class PrefixResidency:
         num_full = k // PAGE_SIZE
         try:
             if prompt.kind == "prefix":
-                self._pool.write(pages, self._cast(prompt))
+                self._pool.write(pages, self._pool.stack(self._cast(prompt)))
             else:
                 self._compile_embeddings(serial, pages, prompt)
             columns = self._pool.read(pages, k)
@@ -223,6 +223,13 @@ class PrefixResidency:
             raise
         self._pool.release_prefix(pages[num_full:], serial)
         return self.device.insert(ref, pages[:num_full], tail)
+
+    def check_invariants(self) -> None:
+        """Raises RuntimeError when a tier contradicts itself, or room is owed to a prompt that nobody wants."""
+        self.device.check_invariants()
+        self.host.check_invariants()
+        if self._owed is not None and self._owed not in self._wanted:
+            raise RuntimeError("room is owed to a prompt that is not wanted")
 
     def _in_order(self) -> list[tuple[str, "_Wanted"]]:
         """What is wanted, in the order of asking; the one that is owed room before all others."""
@@ -278,6 +285,7 @@ class PrefixResidency:
             generations=own.generations, contents=own.contents, vectors=vectors,
         )  # fmt: skip
         for violation in check_plan(plan, [claim], self._pool.ledger):
+            self._metrics.isolation_violations_total.inc()
             raise IsolationError(f"compiling a prompt: {violation.reason}")
         self._backbone.forward(self._pool, plan)
 

@@ -63,25 +63,21 @@ class _Node:
 class TextCache:
     """Full pages of client and generated tokens that later rows of the same tenant and prompt may share.
 
-    Holds one holder's claim on each of its pages, in `ledger`. `max_pages` bounds how many it keeps (None: as many as
-    there are). `release` takes claims back when pages are dropped; the default is the ledger's own. Not thread-safe:
-    the engine thread owns it. Other threads may read `num_pages` and `num_evictable`.
+    Holds one holder's claim on each of its pages, in `ledger`. `release` takes claims back when pages are dropped; the
+    default is the ledger's own. Not thread-safe: the engine thread owns it. Other threads may read `num_pages` and
+    `num_evictable`.
     """
 
     def __init__(
         self,
         ledger: PageLedger,
         *,
-        max_pages: int | None = None,
         release: Callable[[PageNumbers, int], object] | None = None,
     ) -> None:
-        if max_pages is not None and max_pages < 0:
-            raise ValueError(f"max_pages must not be negative: {max_pages}")
         self.num_pages = 0
         self.num_entered = 0
         """Pages that have come in since the beginning: while it stays, no match becomes longer."""
         self._ledger = ledger
-        self._max_pages = max_pages
         self._release = release if release is not None else ledger.release
         self._roots: dict[RootName, _Node] = {}
         self._is_kept: npt.NDArray[np.bool_] = np.zeros(ledger.num_pages, dtype=np.bool_)
@@ -135,9 +131,8 @@ class TextCache:
         """Keep a row's full pages of text, in order from its first; `owner` is the row's serial.
 
         Pages that are still the row's own become shared and enter the tree. Where the tree has the same text in
-        another page already, the row keeps its own. When `max_pages` is reached and everything kept is in use or of
-        this text, the rest does not enter. Returns `[num_pages]`, the content id of each page that is shared now and
-        NO_CONTENT for the others, worked out from `token_ids`.
+        another page already, the row keeps its own. Returns `[num_pages]`, the content id of each page that is shared
+        now and NO_CONTENT for the others, worked out from `token_ids`.
 
         Before anything is changed, raises ValueError when there are fewer tokens than the pages hold, RuntimeError
         when a page is neither the row's nor shared, or when a shared page holds something else.
@@ -162,27 +157,24 @@ class TextCache:
         self._clock += 1
         contents = np.full(len(numbers), NO_CONTENT, dtype=np.int64)
         entered: list[int] = []
-        parent: _Node | None = root
         last = root
         for index, (first, end) in enumerate(bounds):
             page, content, tokens = numbers[index], chain[index], tuple(token_ids[first:end])
-            node = parent.children.get(tokens) if parent is not None else None
+            node = last.children.get(tokens)
             is_shared = owners[index] == SHARED
-            if node is None and parent is not None and self._make_room():
+            if node is None:
                 if not is_shared:
                     self._ledger.share(page, owner, content)
                     is_shared = True
-                node = self._enter(parent, tokens, page, content)
+                node = self._enter(last, tokens, page, content)
                 entered.append(page)
             if is_shared:
                 contents[index] = content
-            if node is not None:
-                node.last_used = self._clock
-                last = node
-            parent = node
+            node.last_used = self._clock
+            last = node
         self._ledger.hold(entered)
         if root.children:
-            self._roots[name] = root  # making room may have taken an emptied root away
+            self._roots[name] = root
             self._queue_leaf(last)
         return contents
 
@@ -191,20 +183,44 @@ class TextCache:
 
         Returns how many became free: fewer only when all pages that are left have another holder. O(log n) a page.
         """
-        freed = self._drop_oldest(num_pages, before=self._clock + 1)
+        freed: list[int] = []
+        given_up: list[int] = []
+        in_use: list[_Node] = []
+        holders = self._ledger.num_holders
+        while len(freed) < num_pages:
+            leaf = self._pop_oldest_leaf()
+            if leaf is None:
+                # A row that had computed a text of its own may hold a leaf, and not the equal pages kept before it.
+                leaf = self._first_in_the_way(in_use)
+                if leaf is None:
+                    break
+                in_use.remove(leaf)
+                given_up.append(leaf.page)
+            elif holders[leaf.page] > 1:
+                in_use.append(leaf)
+                continue
+            else:
+                freed.append(leaf.page)
+            self._drop(leaf)
+        for leaf in in_use:
+            self._queue_leaf(leaf)
+        if freed or given_up:
+            self._release(np.array(freed + given_up, dtype=np.int32), SHARED)
         return len(freed)
 
     def evict_prefix(self, prefix_key: str) -> None:
         """Forget all text behind a deleted prompt. Pages that rows hold stay theirs, and are free when they end."""
-        self._forget([name for name in self._roots if name[1] == prefix_key])
-
-    def evict_tenant(self, tenant: str) -> None:
-        """Forget all text of a tenant, likewise."""
-        self._forget([name for name in self._roots if name[0] == tenant])
-
-    def clear(self) -> None:
-        """Forget everything, likewise."""
-        self._forget(list(self._roots))
+        pages: list[int] = []
+        for name in [name for name in self._roots if name[1] == prefix_key]:
+            pages.extend(node.page for node in _below(self._roots.pop(name)))
+        if not pages:
+            return
+        self._is_kept[pages] = False
+        self.num_pages -= len(pages)
+        # Entries of forgotten pages would otherwise stay for as long as nothing is evicted.
+        self._queue = [entry for entry in self._queue if self._is_kept[entry[2].page]]
+        heapq.heapify(self._queue)
+        self._release(np.array(pages, dtype=np.int32), SHARED)
 
     def check_invariants(self) -> None:
         """Raises RuntimeError when tree, queue and ledger contradict each other."""
@@ -222,8 +238,6 @@ class TextCache:
             raise RuntimeError("the pages counted and marked as kept are not those of the trees")
         if {id(node) for node in seen if node.is_queued} != {id(node) for node in queued}:
             raise RuntimeError("the queue is not of the pages that say so")
-        if self._max_pages is not None and self.num_pages > self._max_pages:
-            raise RuntimeError(f"{self.num_pages} pages of text are kept, {self._max_pages} may be")
 
     def _check_node(self, node: _Node) -> None:
         parent, ledger = node.parent, self._ledger
@@ -250,12 +264,6 @@ class TextCache:
             chain.append(content)
         return chain
 
-    def _make_room(self) -> bool:
-        """Make room for one page more under `max_pages`, sparing the text that is being inserted."""
-        if self._max_pages is None or self.num_pages < self._max_pages:
-            return True
-        return bool(self._drop_oldest(1, before=self._clock))
-
     def _enter(self, parent: _Node, tokens: tuple[int, ...], page: int, content: int) -> _Node:
         node = _Node(parent, tokens, page, content)
         parent.children[tokens] = node
@@ -264,35 +272,8 @@ class TextCache:
         self.num_entered += 1
         return node
 
-    def _drop_oldest(self, num_pages: int, *, before: int) -> list[int]:
-        """Make up to `num_pages` pages free whose last use was before `before`; returns them."""
-        freed: list[int] = []
-        given_up: list[int] = []
-        in_use: list[_Node] = []
-        holders = self._ledger.num_holders
-        while len(freed) < num_pages:
-            leaf = self._pop_oldest_leaf(before)
-            if leaf is None:
-                # A row that had computed a text of its own may hold a leaf, and not the equal pages kept before it.
-                leaf = self._first_in_the_way(in_use, before)
-                if leaf is None:
-                    break
-                in_use.remove(leaf)
-                given_up.append(leaf.page)
-            elif holders[leaf.page] > 1:
-                in_use.append(leaf)
-                continue
-            else:
-                freed.append(leaf.page)
-            self._drop(leaf)
-        for leaf in in_use:
-            self._queue_leaf(leaf)
-        if freed or given_up:
-            self._release(np.array(freed + given_up, dtype=np.int32), SHARED)
-        return freed
-
-    def _first_in_the_way(self, in_use: list[_Node], before: int) -> _Node | None:
-        """The oldest of these leaves above which there is a page that nobody else holds, last used before `before`."""
+    def _first_in_the_way(self, in_use: list[_Node]) -> _Node | None:
+        """The oldest of these leaves above which there is a page that nobody else holds."""
         if not in_use or not self.num_evictable:
             return None
         holders = self._ledger.num_holders
@@ -300,13 +281,13 @@ class TextCache:
         for leaf in in_use:
             node = leaf.parent
             while node is not None and node.parent is not None:
-                if holders[node.page] == 1 and node.last_used < before:
+                if holders[node.page] == 1:
                     in_the_way.append(leaf)
                     break
                 node = node.parent
         return min(in_the_way, key=lambda leaf: leaf.last_used, default=None)
 
-    def _pop_oldest_leaf(self, before: int) -> _Node | None:
+    def _pop_oldest_leaf(self) -> _Node | None:
         while self._queue:
             used, number, node = self._queue[0]
             if node.children:
@@ -314,8 +295,6 @@ class TextCache:
                 node.is_queued = False
             elif used != node.last_used:
                 heapq.heapreplace(self._queue, (node.last_used, number, node))
-            elif used >= before:
-                return None
             else:
                 heapq.heappop(self._queue)
                 node.is_queued = False
@@ -338,19 +317,6 @@ class TextCache:
         if parent.name is not None and not parent.children:
             self._roots.pop(parent.name, None)
         self._queue_leaf(parent)
-
-    def _forget(self, names: list[RootName]) -> None:
-        pages: list[int] = []
-        for name in names:
-            pages.extend(node.page for node in _below(self._roots.pop(name)))
-        if not pages:
-            return
-        self._is_kept[pages] = False
-        self.num_pages -= len(pages)
-        # Entries of forgotten pages would otherwise stay for as long as nothing is evicted.
-        self._queue = [entry for entry in self._queue if self._is_kept[entry[2].page]]
-        heapq.heapify(self._queue)
-        self._release(np.array(pages, dtype=np.int32), SHARED)
 
 
 def _page_bounds(k: int) -> Iterator[tuple[int, int]]:

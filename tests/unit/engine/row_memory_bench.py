@@ -104,7 +104,7 @@ class Bench:
 
     def assert_holds_its_own(self, row: Row) -> None:
         pages = pages_of(row)
-        found = self.pool.read(pages.numbers, row.next_column)
+        found = self.pool.read(pages.numbers, row.next_column).by_layer()
         expected = torch.tensor(self.expected(row, row.next_column)).reshape(1, -1, 1)
         assert torch.equal(found.keys[0], expected)
         assert torch.equal(found.values[0], expected)
@@ -119,7 +119,7 @@ class Bench:
     def _make_prefix(self, name: str, k: int, uid: int) -> Prefix:
         key, num_full = f"key-{name}", k // PAGE_SIZE
         numbers = torch.tensor([number_of(key, column) for column in range(k)]).reshape(1, k, 1)
-        columns = KeysValues((numbers,), (numbers.clone(),))
+        columns = self.pool.stack(KeysValues((numbers,), (numbers.clone(),)))
         self.next_serial += 1
         pages = self.pool.allocate_prefix(self.next_serial, num_full)
         assert pages is not None

@@ -1,5 +1,7 @@
 """The pool holds what was put there, bit for bit, in its two parts, and shows it when freed pages are read."""
 
+from collections.abc import Sequence
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -16,9 +18,14 @@ UNTOUCHED = 7.25
 
 
 def make_pool(
-    *, row_pages: int = 12, prefix_pages: int = 6, dtype: torch.dtype = torch.float32, poison: bool = False
+    *,
+    row_pages: int = 12,
+    prefix_pages: int = 6,
+    dtype: torch.dtype = torch.float32,
+    poison: bool = False,
+    layers: Sequence[LayerShape] = LAYERS,
 ) -> KvPool:
-    pool = KvPool(LAYERS, row_pages=row_pages, prefix_pages=prefix_pages, dtype=dtype, device=CPU, poison_freed=poison)
+    pool = KvPool(layers, row_pages=row_pages, prefix_pages=prefix_pages, dtype=dtype, device=CPU, poison_freed=poison)
     if not poison:
         for tensor in tensors(pool):
             tensor.fill_(UNTOUCHED)
@@ -35,11 +42,13 @@ def take(pool: KvPool, owner: int, count: int) -> PageNumbers:
     return pages
 
 
-def make_columns(k: int, seed: int, dtype: torch.dtype = torch.float32) -> KeysValues:
+def make_columns(
+    k: int, seed: int, dtype: torch.dtype = torch.float32, layers: Sequence[LayerShape] = LAYERS
+) -> KeysValues:
     generator = torch.Generator().manual_seed(seed)
     return KeysValues(
-        keys=tuple(torch.randn(s.kv_heads, k, s.key_dim, generator=generator).to(dtype) for s in LAYERS),
-        values=tuple(torch.randn(s.kv_heads, k, s.value_dim, generator=generator).to(dtype) for s in LAYERS),
+        keys=tuple(torch.randn(s.kv_heads, k, s.key_dim, generator=generator).to(dtype) for s in layers),
+        values=tuple(torch.randn(s.kv_heads, k, s.value_dim, generator=generator).to(dtype) for s in layers),
     )
 
 
@@ -48,17 +57,18 @@ def assert_same(one: KeysValues, other: KeysValues) -> None:
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("layers", [LAYERS, (LAYERS[1],) * 3], ids=["unlike layers", "equal layers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(k=st.integers(1, 5 * PAGE_SIZE), seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_columns_come_out_as_they_went_in_and_no_other_column_is_touched(
-    dtype: torch.dtype, k: int, seed: int, data: st.DataObject
+    dtype: torch.dtype, layers: Sequence[LayerShape], k: int, seed: int, data: st.DataObject
 ) -> None:
-    pool = make_pool(dtype=dtype)
+    pool = make_pool(dtype=dtype, layers=layers)
     pages = np.array(data.draw(st.permutations(take(pool, 1, 8).tolist())), dtype=np.int32)[: num_pages_for(k) + 1]
-    columns = make_columns(k, seed, dtype)
-    pool.write(pages, columns)
-    assert_same(pool.read(pages, k), columns)
+    columns = make_columns(k, seed, dtype, layers)
+    pool.write(pages, pool.stack(columns))
+    assert_same(pool.read(pages, k).by_layer(), columns)
     # Column c of the row is offset c % PAGE_SIZE of page c // PAGE_SIZE; all else is as it was.
     expected = [torch.full_like(tensor, UNTOUCHED) for tensor in tensors(pool)]
     for tensor, columns_of_layer in zip(expected, (*columns.keys, *columns.values), strict=True):
@@ -70,26 +80,26 @@ def test_columns_come_out_as_they_went_in_and_no_other_column_is_touched(
 @given(k=st.integers(1, 40), first=st.integers(0, 40), num_columns=st.integers(0, 40))
 @settings(max_examples=25, deadline=None)
 def test_part_of_the_columns_is_a_view_of_them(k: int, first: int, num_columns: int) -> None:
-    columns = make_columns(k, 0)
+    columns = make_pool().stack(make_columns(k, 0))
     first, end = min(first, k), min(first + num_columns, k)
     part = columns.columns(first, end)
     assert part.num_tokens == max(0, end - first)
-    for whole, piece in zip((*columns.keys, *columns.values), (*part.keys, *part.values), strict=True):
-        assert torch.equal(piece, whole[:, first:end])
+    for whole, piece in zip(columns.parts, part.parts, strict=True):
+        assert torch.equal(piece, whole[:, :, first:end])
     own = part.clone()
-    columns.keys[0].fill_(9.0)
-    assert part.num_tokens == 0 or bool((part.keys[0] == 9.0).all())
-    assert own.num_tokens == 0 or not bool((own.keys[0] == 9.0).any())
+    columns.parts[0].fill_(9.0)
+    assert part.num_tokens == 0 or bool((part.parts[0] == 9.0).all())
+    assert own.num_tokens == 0 or not bool((own.parts[0] == 9.0).any())
 
 
 def test_what_is_read_is_a_copy() -> None:
     pool = make_pool()
     pages = take(pool, 1, 1)
-    pool.write(pages, make_columns(3, seed=1))
+    pool.write(pages, pool.stack(make_columns(3, seed=1)))
     found = pool.read(pages, 3)
     for tensor in tensors(pool):
         tensor.fill_(9.0)
-    assert_same(found, make_columns(3, seed=1))
+    assert_same(found.by_layer(), make_columns(3, seed=1))
 
 
 @pytest.mark.parametrize("k", [1, PAGE_SIZE - 1, PAGE_SIZE])
@@ -97,8 +107,8 @@ def test_tail_is_at_the_pages_beginning_and_its_prefix_is_noted(k: int) -> None:
     pool = make_pool()
     _, page = take(pool, 1, 2).tolist()
     tail = make_columns(k, seed=3)
-    pool.write_tail(page, tail, owner=1, prefix_uid=5)
-    assert_same(pool.read(np.array([page], dtype=np.int32), k), tail)
+    pool.write_tail(page, pool.stack(tail), owner=1, prefix_uid=5)
+    assert_same(pool.read(np.array([page], dtype=np.int32), k).by_layer(), tail)
     assert pool.ledger.tail_uid.tolist() == [5 if i == page else NO_PREFIX for i in range(pool.ledger.num_pages)]
     for tensor in tensors(pool):
         assert bool((tensor[page, :, k:] == UNTOUCHED).all())
@@ -113,7 +123,7 @@ def test_tail_is_not_written_into_a_page_that_is_not_the_rows_own(state: str) ->
     elif state == "shared":
         pool.ledger.share(page, 2, content=8)
     with pytest.raises(RuntimeError, match="not owned by row 1"):
-        pool.write_tail(page, make_columns(2, seed=0), owner=1, prefix_uid=5)
+        pool.write_tail(page, pool.stack(make_columns(2, seed=0)), owner=1, prefix_uid=5)
     assert all(bool((tensor == UNTOUCHED).all()) for tensor in tensors(pool))
     assert not pool.ledger.tail_uid.any()
 
@@ -123,7 +133,7 @@ def test_bytes_of_columns_and_of_pages() -> None:
     assert columns.num_tokens == 5
     per_token = bytes_per_token(LAYERS, torch.float32)
     assert per_token == 4 * (2 * (4 + 4) + 1 * (6 + 3))
-    assert columns.num_bytes == 5 * per_token
+    assert make_pool().stack(columns).num_bytes == 5 * per_token
     assert make_pool().page_bytes == PAGE_SIZE * per_token
     assert make_pool(dtype=torch.bfloat16).page_bytes == PAGE_SIZE * per_token // 2
 
@@ -137,9 +147,10 @@ def test_pages_for_columns(num_columns: int, num_pages: int) -> None:
 @pytest.mark.parametrize("where", ["keys", "values"])
 def test_columns_that_are_not_finite_are_seen(where: str, bad: float) -> None:
     columns = make_columns(3, seed=0)
-    assert columns.is_finite()
+    pool = make_pool()
+    assert pool.stack(columns).is_finite()
     getattr(columns, where)[1][0, 2, 1] = bad
-    assert not columns.is_finite()
+    assert not pool.stack(columns).is_finite()
 
 
 def is_nan(pool: KvPool, page: int) -> bool:
@@ -153,7 +164,7 @@ def test_poison_fills_pages_when_they_become_free_and_only_then() -> None:
     pool = make_pool(poison=True)
     assert all(is_nan(pool, page) for page in range(pool.ledger.num_pages)), "nothing was written yet"
     pages = take(pool, 1, 3)
-    pool.write(pages, make_columns(3 * PAGE_SIZE, seed=0))
+    pool.write(pages, pool.stack(make_columns(3 * PAGE_SIZE, seed=0)))
     pool.ledger.share(int(pages[1]), 1, content=5)
     pool.ledger.hold([int(pages[1])])
     pool.release(pages[:2], 1)
@@ -171,10 +182,10 @@ def test_stale_claim_changes_nothing(claim: str) -> None:
     new = pool.allocate_prefix(2, 2)
     assert new is not None
     assert new.tolist() == old.tolist()
-    pool.write(new, make_columns(2 * PAGE_SIZE, seed=0))
+    pool.write(new, pool.stack(make_columns(2 * PAGE_SIZE, seed=0)))
     with pytest.raises(RuntimeError, match="stale claim of row 1"):
         getattr(pool, claim)(old, 1)
-    assert_same(pool.read(new, 2 * PAGE_SIZE), make_columns(2 * PAGE_SIZE, seed=0))
+    assert_same(pool.read(new, 2 * PAGE_SIZE).by_layer(), make_columns(2 * PAGE_SIZE, seed=0))
     assert pool.num_prefix_pages == 2
     pool.check_invariants()
 

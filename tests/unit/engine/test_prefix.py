@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prompt_store.manifest import SoftPrompt
-from server.engine.kv import KeysValues, KvPool, LayerShape, num_pages_for
+from server.engine.kv import KvPool, LayerShape, StackedColumns, num_pages_for
 from server.engine.pages import PAGE_SIZE, content_of_prefix
 from server.engine.prefix import HostCache, LoadedPrompt, Prefix, PrefixCache, PromptLoader
 from server.engine.request import PromptRef
@@ -50,7 +50,7 @@ def put(cache: PrefixCache, ref: PromptRef, serial: int = 1) -> Prefix | None:
     for index in range(num_full):
         pool.ledger.share(int(pages[index]), serial, content_of_prefix(ref.prefix_key, index))
     pool.release_prefix(pages[num_full:], serial)
-    tail = KeysValues((torch.zeros(1, k % PAGE_SIZE, 1),), (torch.zeros(1, k % PAGE_SIZE, 1),))
+    tail = StackedColumns((torch.zeros(1, 1, k % PAGE_SIZE, 1), torch.zeros(1, 1, k % PAGE_SIZE, 1)))
     return cache.insert(ref, pages[:num_full], tail if k % PAGE_SIZE else None)
 
 

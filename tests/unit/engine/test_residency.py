@@ -31,8 +31,9 @@ def own_keys_values(backbone: Backbone, vectors: np.ndarray) -> list[torch.Tenso
 def tensors_of(pool: KvPool, prefix: Prefix | None) -> list[torch.Tensor]:
     """Copies of all the prefix's columns, from its pages and its tail: keys of all layers, then values."""
     assert prefix is not None
-    full = pool.read(prefix.pages, len(prefix.pages) * PAGE_SIZE)
-    tails = [*prefix.tail.keys, *prefix.tail.values] if prefix.tail is not None else []
+    full = pool.read(prefix.pages, len(prefix.pages) * PAGE_SIZE).by_layer()
+    tail = prefix.tail.by_layer() if prefix.tail is not None else None
+    tails = [*tail.keys, *tail.values] if tail is not None else []
     parts = [*full.keys, *full.values]
     return [torch.cat([part, tails[i]], dim=1) if tails else part for i, part in enumerate(parts)]
 

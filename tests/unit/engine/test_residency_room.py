@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from server.engine.backbone import Backbone
-from server.engine.kv import KeysValues
+from server.engine.kv import StackedColumns
 from server.engine.prefix import Prefix
 from server.engine.request import PromptRef
 from server.engine.residency import MAX_LOADING
@@ -180,12 +180,12 @@ def test_device_without_memory_for_one_prompt_fails_that_one_and_the_others_are_
 
 
 def test_tail_that_cannot_be_copied_leaves_no_pages_behind(llama: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: KeysValues) -> KeysValues:
+    def fail(_: StackedColumns) -> StackedColumns:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     bench = Bench(llama)
     ref = bench.add("a", k=20)
-    monkeypatch.setattr(KeysValues, "clone", fail)
+    monkeypatch.setattr(StackedColumns, "clone", fail)
     with pytest.raises(torch.OutOfMemoryError):
         bench.residency.compile(ref, make_prompt(llama, ref, seed=0))
     bench.assert_nothing_is_left()

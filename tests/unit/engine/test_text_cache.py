@@ -14,9 +14,9 @@ from tests.unit.engine.texts import make_tokens, page_ends
 class Keeper:
     """A cache over a ledger of its own, and rows that compute a text, leave it and end."""
 
-    def __init__(self, num_pages: int = 32, max_pages: int | None = None) -> None:
+    def __init__(self, num_pages: int = 32) -> None:
         self.ledger = PageLedger(num_pages)
-        self.cache = TextCache(self.ledger, max_pages=max_pages)
+        self.cache = TextCache(self.ledger)
         self.next_serial = 1
 
     def compute(
@@ -176,33 +176,6 @@ def test_queue_does_not_grow_with_prompts_that_come_and_go() -> None:
     assert not keeper.cache._roots
 
 
-def test_no_more_pages_are_kept_than_may_be() -> None:
-    keeper = Keeper(max_pages=3)
-    first = keeper.leave(make_tokens(0, [1, 1]))
-    second = keeper.leave(make_tokens(0, [2, 2]))
-    assert keeper.cache.num_pages == 3
-    assert keeper.find(make_tokens(0, [1, 1])) == first[:1]
-    assert keeper.find(make_tokens(0, [2, 2])) == second
-    longer = keeper.leave(make_tokens(0, [2, 2, 2, 2, 2]))
-    assert keeper.find(make_tokens(0, [2, 2, 2, 2, 2])) == [*second, longer[2]], "a text does not push out itself"
-    assert Keeper(max_pages=0).leave(make_tokens(0, [1])) == [0]
-
-
-def test_text_that_nobody_uses_is_not_pushed_out_by_its_own_continuation() -> None:
-    keeper = Keeper(max_pages=1)
-    pages = keeper.leave(make_tokens(0, [1]))
-    keeper.leave(make_tokens(0, [1, 2]))
-    assert keeper.find(make_tokens(0, [1, 2])) == pages
-
-
-def test_text_in_use_is_kept_when_forgetting_it_would_make_no_room_for_another() -> None:
-    keeper = Keeper(max_pages=2)
-    keeper.leave(make_tokens(0, [1]))
-    own, _ = keeper.compute(make_tokens(0, [1, 2]))
-    keeper.leave(make_tokens(0, [1, 3]))
-    assert keeper.find(make_tokens(0, [1, 2]))[1:] == own[1:]
-
-
 def test_older_of_two_texts_in_the_way_is_forgotten() -> None:
     keeper = Keeper()
     own = {}
@@ -225,10 +198,10 @@ def test_dropped_pages_go_through_the_given_release() -> None:
     for serial, letter in enumerate((1, 2), start=1):
         pages = ledger.allocate(serial, 1)
         assert pages is not None
-        cache.insert("a", None, 0, make_tokens(0, [letter]), pages, serial)
+        cache.insert("a", "p", 0, make_tokens(0, [letter]), pages, serial)
         ledger.release(pages, serial)
     cache.evict(1)
-    cache.clear()
+    cache.evict_prefix("p")
     assert released == [0, 1]
 
 
@@ -269,8 +242,6 @@ def test_pages_without_enough_tokens_are_refused() -> None:
     assert pages is not None
     with pytest.raises(ValueError, match="more than 31 tokens"):
         keeper.cache.insert("a", None, 0, [7] * 31, pages, 1)
-    with pytest.raises(ValueError, match="max_pages"):
-        TextCache(keeper.ledger, max_pages=-1)
 
 
 def lose_claim(keeper: Keeper) -> None:
@@ -315,10 +286,6 @@ def use_child_alone(keeper: Keeper) -> None:
     next(iter(node.children.values())).last_used += 1
 
 
-def exceed(keeper: Keeper) -> None:
-    keeper.cache._max_pages = 1
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -332,7 +299,6 @@ def exceed(keeper: Keeper) -> None:
         mislay_page,
         change_content,
         use_child_alone,
-        exceed,
     ],
 )
 def test_invariants_notice_damage(damage: Callable[[Keeper], None]) -> None:
