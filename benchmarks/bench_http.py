@@ -8,6 +8,7 @@ timed in turn, with the same prompts, the same client tokens and the same settin
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import resource
@@ -118,7 +119,7 @@ def _register(args: argparse.Namespace, data_dir: Path) -> tuple[str, int, Workl
 
 
 def _workload(args: argparse.Namespace, backbone: Backbone) -> Workload:
-    return make_workload(
+    load = make_workload(
         embeddings_of(backbone),
         num_requests=args.streams,
         num_prompts=args.streams,
@@ -126,6 +127,8 @@ def _workload(args: argparse.Namespace, backbone: Backbone) -> Workload:
         new_tokens="fixed",
         seed=args.seed,
     )
+    requests = [dataclasses.replace(request, num_new_tokens=args.new_tokens) for request in load.requests]
+    return Workload(load.prompts, requests)
 
 
 class _Server:
@@ -262,8 +265,8 @@ def _serve_pipe(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace) -> Sequence[str]:
-    names = ("backbone", "dtype", "threads", "seed", "streams", "k")
-    given = {name: getattr(args, name) for name in names}
+    names = ("backbone", "dtype", "threads", "seed", "streams", "new-tokens", "k")
+    given = {name: getattr(args, name.replace("-", "_")) for name in names}
     return [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
 
 
@@ -281,11 +284,12 @@ def _client_cpu_s() -> float:
 def _parse() -> argparse.Namespace:
     parser = make_parser(__doc__, rounds=7)
     parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128, help="new tokens a stream")
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     args = parse(parser)
     if args.quick:
-        args.streams = 4
+        args.streams, args.new_tokens = 4, 16
     return args
 
 

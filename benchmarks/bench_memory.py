@@ -120,11 +120,11 @@ async def _serve_and_measure(args: argparse.Namespace) -> dict[str, float]:
         runtime.check_ready()
         measured = {READY: _private_mb()}
         tasks = runtime.parts.tasks
-        views = await runtime.call(tasks.list_callable, TENANT)
-        await runtime.call(tasks.resolve_all, TENANT, [view.task.task for view in views])
-        if len(views) != args.prompts or any(view.residency != "store" for view in views):
+        names = [task.task for task in await runtime.call(tasks.list_callable, TENANT)]
+        await runtime.call(tasks.resolve_all, TENANT, names)
+        if len(names) != args.prompts or runtime.parts.engine.status().prompts_resident:
             raise RuntimeError(f"not {args.prompts} tasks, none resident: what is measured is not registration alone")
-        del views
+        del names
         measured[NAMED] = _private_mb()
     finally:
         await runtime.stop()

@@ -41,12 +41,14 @@ def append_audit(
     )
 
 
-def iter_audit(database: Database, tenant: str | None, after: int) -> Iterator[AuditEntry]:
-    """Entries with an id above `after`, oldest first, of one tenant or (None) of all. Holds no transaction."""
+def iter_audit(database: Database, tenant: str | None, after: int, task: str | None = None) -> Iterator[AuditEntry]:
+    """Entries with an id above `after`, oldest first, that match all that is given. Holds no transaction."""
     while True:
         query = select(AuditRow).where(AuditRow.id > after).order_by(AuditRow.id).limit(_PAGE)
         if tenant is not None:
             query = query.where(AuditRow.tenant == tenant)
+        if task is not None:
+            query = query.where(AuditRow.task == task)
         with database.reading() as session:
             rows = list(session.scalars(query))
         yield from map(_to_entry, rows)

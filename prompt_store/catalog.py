@@ -4,19 +4,22 @@ Each public method is one transaction. Raises the store's errors only; a digest 
 caller's to collect.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import delete, func, or_, select
+from sqlalchemy.orm import Session
 
-from prompt_store import failpoints, rows
+from prompt_store import failpoints, gates, rollout, rows
 from prompt_store.audit import append_audit
 from prompt_store.database import Database
 from prompt_store.errors import VersionActive
-from prompt_store.manifest import PromptVersion, StoreCounts, Task
+from prompt_store.manifest import Canary, CanaryChange, GateStatus, PromptVersion, StoreCounts, Task
 from prompt_store.models import ActivationRow, KeyRow, TaskRow, VersionRow
 from prompt_store.names import SHARED_TENANT, Reference
+from prompt_store.resolve_cache import Resolved
 from prompt_store.rows import Upload
 
 
@@ -57,29 +60,33 @@ class Catalog:
             row = rows.find_same_file(session, task, upload.checked)
             created = row is None
             if row is None:
+                rows.check_quota(session, upload)
                 row = rows.add_version(session, task, upload)
             elif row.quarantined_at is not None:
                 # The same bytes came again and were stored soundly: the version is whole again.
                 stale = (row.config_digest,)
                 row.quarantined_at = None
                 row.config_digest, row.peft_type = upload.config_digest, upload.checked.peft_type
+            if not gates.is_same_request(task, row, upload.gate, upload.probes_digest):
+                if row.probes_digest is not None:
+                    stale = (*stale, row.probes_digest)
+                row.probes_digest = upload.probes_digest
+            if upload.gate is not None and task.active_version != row.version:
+                rows.begin_gate(task, row, upload.gate)
             if upload.activate and task.active_version != row.version:
-                rows.activate(session, task, row.version)
-            rows.audit_version(
-                session,
-                "upload" if created else "upload_again",
-                task,
-                row,
-                upload.created_by,
-                {"active": task.active_version == row.version},
-            )
+                rollout.activate(session, task, row)
+            detail: dict[str, Any] = {"active": task.active_version == row.version}
+            if upload.gate is not None:
+                detail["gate_threshold"] = upload.gate.threshold
+            action = "upload" if created else "upload_again"
+            rows.audit_version(session, action, task, row, upload.created_by, detail)
             version = rows.to_version(task, row)
             session.flush()
             failpoints.hit(failpoints.UPLOAD_BEFORE_COMMIT)
         return version, created, stale
 
-    def resolve(self, tenant: str, reference: Reference) -> PromptVersion | None:
-        """The version meant by `reference` in `tenant`, or in the shared tenant if `tenant` never had that name."""
+    def resolve(self, tenant: str, reference: Reference) -> Resolved | None:
+        """What is meant by `reference` in `tenant`, or in the shared tenant if `tenant` never had that name."""
         with self._database.reading() as session:
             task = rows.find_task(session, tenant, reference.task)
             if task is None and tenant != SHARED_TENANT:
@@ -87,14 +94,23 @@ class Catalog:
             if task is None or task.deleted_at is not None:
                 return None
             query = select(VersionRow).where(VersionRow.task_id == task.id)
+            canary = None
             if reference.digest is not None:
                 # One file may be registered once for each of its tasks: the newest is meant.
                 query = query.where(VersionRow.digest == reference.digest).order_by(VersionRow.version.desc()).limit(1)
+            elif reference.version is not None:
+                query = query.where(VersionRow.version == reference.version)
             else:
-                wanted = task.active_version if reference.version is None else reference.version
-                query = query.where(VersionRow.version == wanted)
+                query = query.where(VersionRow.version == task.active_version)
+                canary = rows.to_canary(task)
             row = session.scalar(query)
-            return None if row is None else rows.to_version(task, row)
+            if row is None:
+                return None
+            version = rows.to_version(task, row)
+            if canary is None:
+                return Resolved(version)
+            canary_row = rows.get_version(session, task, canary.version)
+            return Resolved(version, rows.to_version(task, canary_row), canary.percent)
 
     def get_stored(self, tenant: str, task: str, version: int) -> Stored:
         """Raises TaskNotFound."""
@@ -110,11 +126,12 @@ class Catalog:
 
     def list_tasks(self, tenant: str, limit: int, after: str | None) -> list[Task]:
         """Tasks by name; `after` is the last name already seen."""
-        query = select(TaskRow).where(TaskRow.tenant == tenant, TaskRow.deleted_at.is_(None))
+        query = rows.task_query().where(TaskRow.tenant == tenant)
         if after is not None:
             query = query.where(TaskRow.name > after)
         with self._database.reading() as session:
-            return [rows.to_task(session, row) for row in session.scalars(query.order_by(TaskRow.name).limit(limit))]
+            found = session.execute(query.order_by(TaskRow.name).limit(limit))
+            return [rows.make_task(row, num_versions) for row, num_versions in found]
 
     def list_versions(self, tenant: str, task: str, limit: int, after: int | None) -> list[PromptVersion]:
         """Newest first; `after` is the last (lowest) number already seen. Raises TaskNotFound."""
@@ -152,9 +169,13 @@ class Catalog:
         active_version: int | None,
         expected_version: int | None,
         pinned: bool | None,
+        canary: CanaryChange,
         actor: str,
     ) -> Task:
-        """Raises TaskNotFound, VersionConflict, or PromptCorrupt for a quarantined `active_version`."""
+        """Raises TaskNotFound, VersionConflict, InvalidValue, GateNotPassed, or PromptCorrupt for what is quarantined.
+
+        The activation comes first: a canary is set beside what is active then.
+        """
         with self._database.writing() as session:
             task_row = rows.get_task(session, tenant, task, lock=True)
             rows.check_expected(task_row, task, expected_version)
@@ -163,9 +184,14 @@ class Catalog:
                 append_audit(session, tenant, actor=actor, action="pin" if pinned else "unpin", task=task)
             if active_version is not None and active_version != task_row.active_version:
                 row = rows.get_version(session, task_row, active_version)
-                rows.check_usable(rows.to_version(task_row, row))
-                rows.activate(session, task_row, row.version)
+                rollout.activate(session, task_row, row)
                 rows.audit_version(session, "activate", task_row, row, actor)
+            if canary is None and task_row.canary_version is not None:
+                rollout.clear_canary(task_row)
+                append_audit(session, tenant, actor=actor, action="clear_canary", task=task)
+            elif isinstance(canary, Canary) and canary != rows.to_canary(task_row):
+                row = rollout.set_canary(session, task_row, canary)
+                rows.audit_version(session, "set_canary", task_row, row, actor, {"percent": canary.percent})
             session.flush()
             result = rows.to_task(session, task_row)
             failpoints.hit(failpoints.ACTIVATE_BEFORE_COMMIT)
@@ -178,7 +204,7 @@ class Catalog:
         """
         with self._database.writing() as session:
             task_row = rows.get_task(session, tenant, task, lock=True)
-            row = rows.step_back(session, task_row)
+            row = rollout.step_back(session, task_row)
             rows.audit_version(session, "rollback", task_row, row, actor)
             session.flush()
             result = rows.to_task(session, task_row)
@@ -186,13 +212,17 @@ class Catalog:
         return result
 
     def delete_version(self, tenant: str, task: str, version: int, actor: str) -> tuple[str, ...]:
-        """Returns the digests that the version referred to. Raises TaskNotFound or VersionActive."""
+        """Returns the digests that the version referred to. Raises TaskNotFound or VersionActive (the canary's too)."""
         with self._database.writing() as session:
             task_row = rows.get_task(session, tenant, task, lock=True)
             row = rows.get_version(session, task_row, version)
             if task_row.active_version == version:
                 raise VersionActive(
                     f"Version {version} of {task} is active: activate another one first.", param="version"
+                )
+            if task_row.canary_version == version:
+                raise VersionActive(
+                    f"Version {version} of {task} is its canary: take that away first.", param="version"
                 )
             rows.audit_version(session, "delete_version", task_row, row, actor)
             session.execute(
@@ -201,17 +231,18 @@ class Catalog:
             session.delete(row)
             session.flush()
             failpoints.hit(failpoints.DELETE_BEFORE_COMMIT)
-        return row.digest, row.config_digest
+        return _digests_of(row)
 
     def delete_task(self, tenant: str, task: str, actor: str) -> tuple[str, ...]:
         """Leaves a tombstone; returns the digests that its versions referred to. Raises TaskNotFound."""
         with self._database.writing() as session:
             task_row = rows.get_task(session, tenant, task, lock=True)
             versions = list(session.scalars(select(VersionRow).where(VersionRow.task_id == task_row.id)))
-            digests = tuple(digest for row in versions for digest in (row.digest, row.config_digest))
+            digests = tuple(digest for row in versions for digest in _digests_of(row))
             session.execute(delete(ActivationRow).where(ActivationRow.task_id == task_row.id))
             session.execute(delete(VersionRow).where(VersionRow.task_id == task_row.id))
             task_row.active_version, task_row.pinned, task_row.deleted_at = None, False, datetime.now(UTC)
+            rollout.clear_canary(task_row)
             append_audit(
                 session, tenant, actor=actor, action="delete_task", task=task, detail={"num_versions": len(versions)}
             )
@@ -226,21 +257,61 @@ class Catalog:
             row = rows.get_version(session, task_row, version.version)
             if row.quarantined_at is None:
                 row.quarantined_at = datetime.now(UTC)
+                if task_row.canary_version == row.version:
+                    # Damage to what is only being tried must not cost its share of the requests.
+                    rollout.clear_canary(task_row)
                 rows.audit_version(session, "quarantine", task_row, row, "promptmux", {"reason": reason})
+
+    def set_gate(
+        self,
+        tenant: str,
+        task: str,
+        version: int,
+        *,
+        status: GateStatus,
+        score: float | None,
+        detail: Mapping[str, Any],
+        actor: str,
+    ) -> PromptVersion:
+        """Raises TaskNotFound, or InvalidValue for a version without a gate."""
+        with self._database.writing() as session:
+            task_row = rows.get_task(session, tenant, task, lock=True)
+            row = rows.get_version(session, task_row, version)
+            gate = gates.move_gate(task_row, row, status, score, detail)
+            if gate.status == "passed" and gate.activates and task_row.active_version != version:
+                if (task_row.active_version or 0) != gate.expected_version or row.quarantined_at is not None:
+                    gate = gates.move_gate(task_row, row, "conflict", score, detail)
+                else:
+                    rollout.activate(session, task_row, row)
+                    rows.audit_version(session, "activate", task_row, row, actor)
+            if gate.status not in gates.UNFINISHED:
+                rows.audit_version(session, "gate", task_row, row, actor, {"status": gate.status, "score": gate.score})
+            session.flush()
+            found = rows.to_version(task_row, row)
+            failpoints.hit(failpoints.ACTIVATE_BEFORE_COMMIT)
+        return found
+
+    def unfinished_gates(self) -> list[PromptVersion]:
+        """Versions of all tenants whose gate is pending or running, oldest first."""
+        query = (
+            select(TaskRow, VersionRow)
+            .join(VersionRow, VersionRow.task_id == TaskRow.id)
+            .where(VersionRow.gate["status"].as_string().in_(gates.UNFINISHED))
+            .order_by(VersionRow.id)
+        )
+        with self._database.reading() as session:
+            return [rows.to_version(task, row) for task, row in session.execute(query)]
 
     def find_unreferenced(self, digests: Collection[str]) -> set[str]:
         """Those of `digests` that no version refers to."""
-        query = select(VersionRow.digest, VersionRow.config_digest).where(
-            or_(VersionRow.digest.in_(digests), VersionRow.config_digest.in_(digests))
-        )
         with self._database.reading() as session:
-            return set(digests) - {digest for row in session.execute(query) for digest in row}
+            return {digest for digest in digests if not _is_referenced(session, digest)}
 
     def all_digests(self) -> set[str]:
         """Every digest that some version refers to."""
+        query = select(VersionRow.digest, VersionRow.config_digest, VersionRow.probes_digest)
         with self._database.reading() as session:
-            found = session.execute(select(VersionRow.digest, VersionRow.config_digest))
-            return {digest for row in found for digest in row}
+            return {digest for row in session.execute(query) for digest in row if digest is not None}
 
     def counts(self) -> StoreCounts:
         with self._database.reading() as session:
@@ -258,3 +329,15 @@ class Catalog:
                 num_keys=session.scalar(select(func.count(KeyRow.id)).where(KeyRow.revoked_at.is_(None))) or 0,
                 num_bytes=int(num_bytes),
             )
+
+
+def _digests_of(row: VersionRow) -> tuple[str, ...]:
+    digests = (row.digest, row.config_digest, row.probes_digest)
+    return tuple(digest for digest in digests if digest is not None)
+
+
+def _is_referenced(session: Session, digest: str) -> bool:
+    # One digest at a time and no more than one row: thousands of versions may share a configuration.
+    columns = (VersionRow.digest, VersionRow.config_digest, VersionRow.probes_digest)
+    query = select(VersionRow.id).where(or_(*(column == digest for column in columns))).limit(1)
+    return session.scalar(query) is not None

@@ -11,7 +11,9 @@ knows about HTTP.
     ├── TaskNotFound            unknown or foreign: the two are not told apart
     ├── KeyNotFound             no key has this id
     ├── VersionConflict         a compare-and-swap was lost, or the name is retired
-    ├── VersionActive           the active version cannot be deleted
+    ├── VersionActive           the active version, or the canary, cannot be deleted
+    ├── GateNotPassed           the version's gate does not let it become active
+    ├── QuotaExceeded           the tenant may not store more
     ├── PromptCorrupt           stored bytes no longer have their digest
     ├── StoreInUse              another process holds the folder
     ├── StorageFull             no space or no quota left
@@ -76,6 +78,16 @@ class VersionConflict(PromptStoreError):  # noqa: N818
 
 class VersionActive(PromptStoreError):  # noqa: N818
     code = "version_active"
+
+
+class GateNotPassed(PromptStoreError):  # noqa: N818
+    code = "gate_not_passed"
+
+
+class QuotaExceeded(PromptStoreError):  # noqa: N818
+    """`param` names the limit."""
+
+    code = "quota_exceeded"
 
 
 class PromptCorrupt(PromptStoreError):  # noqa: N818

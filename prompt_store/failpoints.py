@@ -13,6 +13,7 @@ BLOB_TEMP_WRITTEN = "blob.temp_written"
 BLOB_RENAMED = "blob.renamed"
 UPLOAD_CONFIG_STORED = "upload.config_stored"
 UPLOAD_FILE_STORED = "upload.file_stored"
+UPLOAD_PROBES_STORED = "upload.probes_stored"
 UPLOAD_BEFORE_COMMIT = "upload.before_commit"
 UPLOAD_COMMITTED = "upload.committed"
 ACTIVATE_BEFORE_COMMIT = "activate.before_commit"
@@ -26,6 +27,7 @@ UPLOAD_FAILPOINTS = (
     BLOB_RENAMED,
     UPLOAD_CONFIG_STORED,
     UPLOAD_FILE_STORED,
+    UPLOAD_PROBES_STORED,
     UPLOAD_BEFORE_COMMIT,
     UPLOAD_COMMITTED,
 )

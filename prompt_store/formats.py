@@ -11,15 +11,14 @@ Owns the one place where a file's tensors become a SoftPrompt. Pure functions ov
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import PurePath
 
 import numpy as np
 import numpy.typing as npt
 
 from prompt_store.adapter_config import MULTITASK, AdapterConfig, read_config
+from prompt_store.cautions import find_warnings
 from prompt_store.errors import InvalidConfig, PromptMismatch
 from prompt_store.manifest import BackboneShape, PromptKind, ServingDtype, SoftPrompt
-from prompt_store.names import shorten
 from prompt_store.tensor_file import read_tensors
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -28,10 +27,6 @@ MAX_FACTORS_HEADER_BYTES = 64 * 1024
 PROMPT_TENSOR = "prompt_embeddings"
 TASK_COLS_TENSOR = "prefix_task_cols"
 TASK_ROWS_TENSOR = "prefix_task_rows"
-
-# Fewer trained vectors than this lose accuracy on every backbone that Lester et al. (2021, figure 3a) measured but the
-# largest.
-FEW_VIRTUAL_TOKENS = 20
 
 Array = npt.NDArray[np.float32]
 
@@ -100,7 +95,7 @@ def check_file(
         task_index=task_index,
         num_virtual_tokens=num_virtual_tokens,
         num_bytes=len(file_bytes),
-        warnings=_find_warnings(config, num_virtual_tokens, backbone),
+        warnings=find_warnings(config, values, backbone),
         soft_prompt=SoftPrompt(kind=config.kind, values=values),
     )
 
@@ -229,21 +224,3 @@ def _check_finite_when_served(values: Array, dtype: ServingDtype) -> None:
             "dtype that the backbone is served in.",
             param="file",
         )
-
-
-def _find_warnings(config: AdapterConfig, num_virtual_tokens: int, backbone: BackboneShape) -> tuple[str, ...]:
-    warnings = []
-    if config.kind == "embeddings" and num_virtual_tokens < FEW_VIRTUAL_TOKENS:
-        warnings.append(
-            f"{num_virtual_tokens} virtual tokens are few: accuracy of prompt tuning drops below {FEW_VIRTUAL_TOKENS} "
-            "(Lester et al. 2021)."
-        )
-    if config.base_model and _last_part(config.base_model) != _last_part(backbone.name):
-        warnings.append(
-            f"The configuration names the base model {shorten(config.base_model)}; this backbone is {backbone.name}."
-        )
-    return tuple(warnings)
-
-
-def _last_part(model_name: str) -> str:
-    return PurePath(model_name).name.lower()

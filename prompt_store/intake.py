@@ -8,6 +8,7 @@ from typing import Any
 
 from prompt_store.errors import FileTooLarge, InvalidValue
 from prompt_store.faults import storage_errors
+from prompt_store.manifest import Gate
 
 
 def read_upload(file: bytes | Path, max_bytes: int) -> bytes:
@@ -26,7 +27,7 @@ def check_size(what: str, data: bytes, max_bytes: int, param: str) -> None:
         raise FileTooLarge(f"{what} has more than the {max_bytes} bytes that are allowed.", param=param)
 
 
-def check_metadata(metadata: Mapping[str, Any] | None, max_bytes: int) -> Mapping[str, Any]:
+def check_metadata(metadata: Mapping[str, Any] | None, max_bytes: int, param: str = "metadata") -> Mapping[str, Any]:
     """A private copy of `metadata`, which must be a JSON object. Raises InvalidValue or FileTooLarge."""
     if metadata is None:
         return MappingProxyType({})
@@ -34,10 +35,19 @@ def check_metadata(metadata: Mapping[str, Any] | None, max_bytes: int) -> Mappin
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
         data = text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidValue(
-            "metadata must be a JSON object of finite numbers and sound text.", param="metadata"
-        ) from error
-    check_size("metadata", data, max_bytes, "metadata")
+        raise InvalidValue(f"{param} must be a JSON object of finite numbers and sound text.", param=param) from error
+    check_size(param, data, max_bytes, param)
     if "\\u0000" in text:
-        raise InvalidValue("metadata must not hold NUL characters.", param="metadata")
+        raise InvalidValue(f"{param} must not hold NUL characters.", param=param)
     return MappingProxyType(json.loads(text))
+
+
+def make_gate(threshold: float | None, num_probes: int, *, activates: bool) -> Gate | None:
+    """The gate that an upload asks for, None if it asks for none. Raises InvalidValue."""
+    if threshold is None:
+        return None
+    if not 0 <= threshold <= 1:
+        raise InvalidValue("gate_threshold must be from 0 to 1.", param="gate_threshold")
+    if num_probes == 0:
+        raise InvalidValue("gate_threshold needs probes to be measured by.", param="probes")
+    return Gate(threshold=threshold, status="pending", num_probes=num_probes, activates=activates, expected_version=0)

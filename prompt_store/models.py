@@ -60,6 +60,9 @@ class TaskRow(Base):
     pinned: Mapped[bool] = mapped_column(Boolean)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # Both are None, or neither.
+    canary_version: Mapped[int | None] = mapped_column(Integer)
+    canary_percent: Mapped[int | None] = mapped_column(Integer)
 
 
 class VersionRow(Base):
@@ -69,6 +72,7 @@ class VersionRow(Base):
         UniqueConstraint("task_id", "prefix_key", name="uq_versions_task_id_prefix_key"),
         Index("ix_versions_digest", "digest"),
         Index("ix_versions_config_digest", "config_digest"),
+        Index("ix_versions_probes_digest", "probes_digest"),
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -89,6 +93,10 @@ class VersionRow(Base):
     # "metadata" is taken by SQLAlchemy's declarative base.
     extra: Mapped[dict[str, Any]] = mapped_column("metadata", JSON)
     warnings: Mapped[list[str]] = mapped_column(JSON)
+    # What the other columns do not say of an upload's origin; the default is for rows of releases that kept none.
+    provenance: Mapped[dict[str, Any]] = mapped_column(JSON, server_default="{}")
+    gate: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    probes_digest: Mapped[str | None] = mapped_column(String(64))
 
 
 class ActivationRow(Base):
@@ -131,3 +139,44 @@ class AuditRow(Base):
     version: Mapped[int | None] = mapped_column(Integer)
     digest: Mapped[str | None] = mapped_column(String(64))
     detail: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class QuotaRow(Base):
+    """A tenant's own limits; None leaves one to the server's default."""
+
+    __tablename__ = "quotas"
+
+    tenant: Mapped[str] = mapped_column(String(63), primary_key=True)
+    requests_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
+    max_running_rows: Mapped[int | None] = mapped_column(BigInteger)
+    max_prompts: Mapped[int | None] = mapped_column(BigInteger)
+    max_prompt_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    max_virtual_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ReceiptRow(Base):
+    """Append-only, the oldest dropped: which digest answered a request. No foreign keys, as in the audit log."""
+
+    __tablename__ = "receipts"
+    __table_args__ = (
+        Index("ix_receipts_tenant_id", "tenant", "id"),
+        Index("ix_receipts_request_id", "request_id"),
+    )
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    request_id: Mapped[str] = mapped_column(String(128))
+    tenant: Mapped[str] = mapped_column(String(63))
+    key_id: Mapped[str | None] = mapped_column(String(40))
+    endpoint: Mapped[str] = mapped_column(String(200))
+    # The tenant that owns the task; with it all that names a prompt is None for the bare backbone.
+    owner: Mapped[str | None] = mapped_column(String(63))
+    task: Mapped[str | None] = mapped_column(String(63))
+    version: Mapped[int | None] = mapped_column(Integer)
+    digest: Mapped[str | None] = mapped_column(String(64))
+    num_rows: Mapped[int] = mapped_column(Integer)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+    outcome: Mapped[str] = mapped_column(String(200))

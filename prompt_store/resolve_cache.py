@@ -4,10 +4,12 @@ Entries go when this process writes (`clear`) and when the change token shows th
 than once a poll interval.
 """
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from prompt_store.errors import PromptStoreError
 from prompt_store.manifest import PromptVersion
@@ -15,6 +17,15 @@ from prompt_store.manifest import PromptVersion
 _log = logging.getLogger(__name__)
 
 CacheKey = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference means: `version`, or `canary` for `percent` of the requests that it is asked for."""
+
+    version: PromptVersion
+    canary: PromptVersion | None = None
+    percent: int = 0
 
 
 class ResolveCache:
@@ -34,7 +45,7 @@ class ResolveCache:
         self._poll_interval_s = poll_interval_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._entries: dict[CacheKey, PromptVersion] = {}
+        self._entries: dict[CacheKey, Resolved] = {}
         self._generation = 0
         self._last_poll = clock()
         self._last_token = change_token()
@@ -48,37 +59,52 @@ class ResolveCache:
     def num_entries(self) -> int:
         return len(self._entries)
 
-    def get(self, key: CacheKey) -> PromptVersion | None:
+    def get(self, key: CacheKey) -> Resolved | None:
         if self._clock() - self._last_poll >= self._poll_interval_s:
             self._poll()
         return self._entries.get(key)
 
-    def put(self, key: CacheKey, version: PromptVersion, generation: int) -> None:
+    def put(self, key: CacheKey, resolved: Resolved, generation: int) -> None:
         with self._lock:
             if generation != self._generation:
                 return
             if len(self._entries) >= self._max_entries:
                 self._entries.clear()
-            self._entries[key] = version
+            self._entries[key] = resolved
 
     def clear(self) -> None:
         with self._lock:
             self._generation += 1
             self._entries.clear()
 
+    @contextlib.contextmanager
+    def unaffected(self) -> Iterator[None]:
+        """Around a write of this process that changes no meaning, while no other process can write: what is remembered
+        stays, and the change of the token is not taken for someone else's.
+        """
+        with self._lock:
+            self._look()
+        yield
+        token = self._change_token()
+        with self._lock:
+            self._last_token = token
+
     def _poll(self) -> None:
         # One thread looks; the others need not wait for it.
         if not self._lock.acquire(blocking=False):
             return
         try:
-            self._last_poll = self._clock()
-            token = self._change_token()
-            if token is None or token != self._last_token:
-                self._last_token = token
-                self._generation += 1
-                self._entries.clear()
+            self._look()
         except PromptStoreError:
             # A failing disk must not stop what can be answered from memory.
             _log.warning("could not look for changes of the prompt store", exc_info=True)
         finally:
             self._lock.release()
+
+    def _look(self) -> None:
+        self._last_poll = self._clock()
+        token = self._change_token()
+        if token is None or token != self._last_token:
+            self._last_token = token
+            self._generation += 1
+            self._entries.clear()

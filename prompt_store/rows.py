@@ -4,38 +4,54 @@ Nothing here begins or commits; every function takes the session of whoever does
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, cast
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from prompt_store.audit import append_audit
-from prompt_store.errors import PromptCorrupt, PromptMismatch, VersionConflict
+from prompt_store.errors import PromptCorrupt, PromptMismatch, QuotaExceeded, VersionConflict
 from prompt_store.formats import CheckedPrompt
-from prompt_store.manifest import BackboneShape, PromptKind, PromptVersion, Task, VersionState
-from prompt_store.models import ActivationRow, TaskRow, VersionRow
+from prompt_store.gates import is_same_request, read_gate, write_gate
+from prompt_store.manifest import (
+    BackboneShape,
+    Canary,
+    Gate,
+    PromptKind,
+    PromptVersion,
+    Provenance,
+    Quota,
+    Task,
+    VersionState,
+)
+from prompt_store.models import KeyRow, TaskRow, VersionRow
 from prompt_store.names import not_found
-
-# How far back `rollback` remembers. Bounds the table when a script switches versions for ever.
-MAX_ACTIVATIONS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """What is to be registered: a checked file under a name."""
+    """What is to be registered: a checked file under a name.
+
+    `activate` is for at once; with a `gate` it is False, and `gate.activates` says what is to happen once it is passed.
+    """
 
     tenant: str
     task: str
     checked: CheckedPrompt
     config_digest: str
     metadata: Mapping[str, Any]
-    backbone: str
+    backbone: BackboneShape
     created_by: str
     activate: bool
     expected_version: int | None
+    training_run: str | None = None
+    data_digest: str | None = None
+    gate: Gate | None = None
+    probes_digest: str | None = None
+    quota: Quota | None = None
 
 
 def find_task(session: Session, tenant: str, task: str, *, lock: bool = False) -> TaskRow | None:
@@ -79,7 +95,13 @@ def settle(session: Session, task: TaskRow | None, upload: Upload) -> PromptVers
             )
         row = find_same_file(session, task, upload.checked)
         is_sound = row is not None and row.quarantined_at is None
-        if row is not None and is_sound and (not upload.activate or task.active_version == row.version):
+        is_settled = not upload.activate or (row is not None and task.active_version == row.version)
+        if (
+            row is not None
+            and is_sound
+            and is_settled
+            and is_same_request(task, row, upload.gate, upload.probes_digest)
+        ):
             return to_version(task, row)
     check_expected(task, upload.task, upload.expected_version)
     return None
@@ -154,10 +176,18 @@ def add_version(session: Session, task: TaskRow, upload: Upload) -> VersionRow:
         num_bytes=checked.num_bytes,
         created_at=datetime.now(UTC),
         created_by=upload.created_by,
-        backbone=upload.backbone,
+        backbone=upload.backbone.fingerprint,
         quarantined_at=None,
         extra=dict(upload.metadata),
         warnings=list(checked.warnings),
+        provenance={
+            "training_run": upload.training_run,
+            "data_digest": upload.data_digest,
+            "key_label": session.scalar(select(KeyRow.label).where(KeyRow.id == upload.created_by)),
+            "backbone_name": upload.backbone.name,
+        },
+        gate=None,
+        probes_digest=upload.probes_digest,
     )
     task.next_version += 1
     session.add(row)
@@ -165,36 +195,42 @@ def add_version(session: Session, task: TaskRow, upload: Upload) -> VersionRow:
     return row
 
 
-def activate(session: Session, task: TaskRow, version: int) -> None:
-    """Make `version` active and put it on top of the task's activation stack."""
-    task.active_version = version
-    session.add(ActivationRow(task_id=task.id, version=version, at=datetime.now(UTC)))
-    session.flush()
-    oldest_kept = session.scalar(
-        select(ActivationRow.id)
-        .where(ActivationRow.task_id == task.id)
-        .order_by(ActivationRow.id.desc())
-        .offset(MAX_ACTIVATIONS - 1)
-        .limit(1)
-    )
-    if oldest_kept is not None:
-        session.execute(delete(ActivationRow).where(ActivationRow.task_id == task.id, ActivationRow.id < oldest_kept))
+def begin_gate(task: TaskRow, row: VersionRow, gate: Gate) -> None:
+    """Put a gate before a version that is not active; the activation it may bring is against what is active now."""
+    write_gate(row, replace(gate, expected_version=task.active_version or 0))
 
 
-def step_back(session: Session, task: TaskRow) -> VersionRow:
-    """Take activations off the stack until a sound version other than the active one is on top, and activate it.
-
-    Raises VersionConflict when there is none.
+def check_quota(session: Session, upload: Upload) -> None:
+    """Whether the tenant may store one version more. In the transaction that adds it, so that two uploads cannot pass
+    together. Raises QuotaExceeded.
     """
-    history = select(ActivationRow).where(ActivationRow.task_id == task.id).order_by(ActivationRow.id.desc())
-    for activation in list(session.scalars(history)):
-        if activation.version != task.active_version:
-            row = get_version(session, task, activation.version)
-            if row.quarantined_at is None:
-                task.active_version = row.version
-                return row
-        session.delete(activation)
-    raise VersionConflict(f"No version of {task.name} was active before this one.", param="version")
+    quota = upload.quota
+    if quota is None:
+        return
+    num_prompts, num_bytes, num_virtual_tokens = session.execute(
+        select(
+            func.count(VersionRow.id),
+            func.coalesce(func.sum(VersionRow.num_bytes), 0),
+            func.coalesce(func.sum(VersionRow.num_virtual_tokens), 0),
+        )
+        .join(TaskRow, VersionRow.task_id == TaskRow.id)
+        .where(TaskRow.tenant == upload.tenant)
+    ).one()
+    for name, limit, needed, what in (
+        ("max_prompts", quota.max_prompts, num_prompts + 1, "prompt versions"),
+        ("max_prompt_bytes", quota.max_prompt_bytes, num_bytes + upload.checked.num_bytes, "bytes of prompts"),
+        (
+            "max_virtual_tokens",
+            quota.max_virtual_tokens,
+            num_virtual_tokens + upload.checked.num_virtual_tokens,
+            "virtual tokens",
+        ),
+    ):
+        if limit is not None and needed > limit:
+            raise QuotaExceeded(
+                f"The tenant would have {needed} {what}; its quota is {limit}. Delete versions that are not needed.",
+                param=name,
+            )
 
 
 def audit_version(
@@ -217,8 +253,20 @@ def audit_version(
     )
 
 
+def task_query() -> Select[Any]:
+    """(TaskRow, number of versions) for tasks that are not tombstones: one query however many there are."""
+    num_versions = (
+        select(func.count(VersionRow.id)).where(VersionRow.task_id == TaskRow.id).correlate(TaskRow).scalar_subquery()
+    )
+    return select(TaskRow, num_versions).where(TaskRow.deleted_at.is_(None))
+
+
 def to_task(session: Session, task: TaskRow) -> Task:
     num_versions = session.scalar(select(func.count(VersionRow.id)).where(VersionRow.task_id == task.id)) or 0
+    return make_task(task, num_versions)
+
+
+def make_task(task: TaskRow, num_versions: int) -> Task:
     return Task(
         tenant=task.tenant,
         task=task.name,
@@ -226,7 +274,14 @@ def to_task(session: Session, task: TaskRow) -> Task:
         pinned=task.pinned,
         created_at=task.created_at,
         num_versions=num_versions,
+        canary=to_canary(task),
     )
+
+
+def to_canary(task: TaskRow) -> Canary | None:
+    if task.canary_version is None or task.canary_percent is None:
+        return None
+    return Canary(task.canary_version, task.canary_percent)
 
 
 def to_version(task: TaskRow, row: VersionRow) -> PromptVersion:
@@ -247,5 +302,16 @@ def to_version(task: TaskRow, row: VersionRow) -> PromptVersion:
         backbone=row.backbone,
         state="quarantined" if row.quarantined_at is not None else state,
         metadata=MappingProxyType(row.extra),
+        provenance=Provenance(
+            training_run=row.provenance.get("training_run"),
+            data_digest=row.provenance.get("data_digest"),
+            key_id=row.created_by or None,
+            key_label=row.provenance.get("key_label"),
+            uploaded_at=row.created_at,
+            backbone_name=row.provenance.get("backbone_name"),
+            backbone_fingerprint=row.backbone,
+        ),
         warnings=tuple(row.warnings),
+        gate=read_gate(row),
+        probes_digest=row.probes_digest,
     )

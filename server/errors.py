@@ -13,6 +13,7 @@
     ├── UnsupportedFileError            415 unsupported_file
     ├── PromptMismatchError             422 prompt_mismatch
     ├── QuotaExceededError              429 quota_exceeded      (Retry-After)
+    │   └── RateLimitExceededError      429 rate_limit_exceeded (Retry-After)
     ├── UnavailableError                503 unavailable         (Retry-After)
     │   ├── QueueFullError              503 queue_full
     │   ├── LoadingError                503 loading
@@ -27,7 +28,11 @@ Each class knows its HTTP status and its OpenAI `type` and `code`; nothing else 
 This module imports nothing of the project.
 """
 
+import math
+from collections.abc import Mapping
 from typing import ClassVar
+
+MAX_RETRY_AFTER_S = 30
 
 
 class PromptmuxError(Exception):
@@ -141,10 +146,37 @@ class PromptMismatchError(PromptmuxError):
 
 
 class QuotaExceededError(PromptmuxError):
+    """The tenant has as much as it may have. `retry_in_s` is rounded up, to 1 to 30 s, for `Retry-After`."""
+
     status = 429
     error_type = "rate_limit_error"
     default_code = "quota_exceeded"
     retry_after_s = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_in_s: float | None = None,
+        more_headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self._retry_in_s = retry_in_s
+        self._more_headers = dict(more_headers or {})
+
+    def headers(self) -> dict[str, str]:
+        headers = super().headers() | self._more_headers
+        if self._retry_in_s is not None:
+            headers["Retry-After"] = str(min(max(math.ceil(self._retry_in_s), 1), MAX_RETRY_AFTER_S))
+        return headers
+
+
+class RateLimitExceededError(QuotaExceededError):
+    """The tenant's requests or tokens of a minute are used up."""
+
+    default_code = "rate_limit_exceeded"
 
 
 class UnavailableError(PromptmuxError):

@@ -31,6 +31,8 @@ _STEP_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 
 TIERS = ("device", "host")
+GATE_RESULTS = ("passed", "failed", "conflict", "error")
+RECEIPT_RESULTS = ("written", "dropped", "failed")
 STEP_PHASES = ("plan", "forward", "sample", "deliver")
 AUDIT_RESULTS = ("match", "mismatch", "skipped", "error")
 BUILD_LABELS = ("version", "torch", "backbone", "device", "dtype", "path")
@@ -104,6 +106,17 @@ class Metrics:
         self.prompt_digest_mismatch_total = self._counter(
             "prompt_digest_mismatch_total", "Prompts whose stored bytes no longer had their digest."
         )
+        self.gate_runs_total = self._counter(
+            "gate_runs_total",
+            "Gates of versions that came to an end: passed, failed, conflict (passed, but another version had become "
+            "active), or error.",
+            ("result",),
+        )
+        self.receipts_total = self._counter(
+            "receipts_total",
+            "Receipts: written, dropped (the queue was full) or failed (the disk did not take them).",
+            ("result",),
+        )
         self.client_disconnects_total = self._counter(
             "client_disconnects_total", "Requests whose client left, or stopped reading, before the end."
         )
@@ -155,6 +168,10 @@ class Metrics:
             self.request_success_total.labels(finish_reason=reason)
         for result in AUDIT_RESULTS:
             self.isolation_audits_total.labels(result=result)
+        for result in GATE_RESULTS:
+            self.gate_runs_total.labels(result=result)
+        for result in RECEIPT_RESULTS:
+            self.receipts_total.labels(result=result)
         for phase in STEP_PHASES:
             self.step_seconds.labels(phase=phase)
 

@@ -1,16 +1,11 @@
 """Every setting of the server: one frozen model, checked once at start, never changed afterwards.
 
-Owns names, defaults, ranges and descriptions (docs/settings.md is generated from them), and the order in which sources
-win: flag > `PROMPTMUX_*` environment variable > TOML file > default. A key that no setting has is fatal in every
-source, so that a misspelt setting never passes for a working one. Refuses to know what the settings are used for.
+Owns names, defaults, ranges and descriptions (docs/settings.md is generated from them). Refuses to know where values
+come from (`server.settings_sources`) and what they are used for.
 """
 
-import difflib
 import os
-import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -21,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     TypeAdapter,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -29,12 +23,6 @@ from pydantic import (
 from server.embedded import default_cache_dir
 
 ENV_PREFIX = "PROMPTMUX_"
-# Variables with our prefix that other parts of the project read; they are no settings of the server.
-OTHER_ENV_NAMES = frozenset(
-    {"PROMPTMUX_CACHE", "PROMPTMUX_CONFIG", "PROMPTMUX_URL", "PROMPTMUX_KEY", "PROMPTMUX_FAILPOINT"}
-)
-# Kubernetes gives every pod PROMPTMUX_SERVICE_HOST, PROMPTMUX_PORT=tcp://… and more when a service has our name.
-_SERVICE_LINK = re.compile(r"^PROMPTMUX_(.*_)?(SERVICE_(HOST|PORT)(_.*)?|PORT_\d+_(TCP|UDP).*)$")
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -66,33 +54,33 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "slow_reader_timeout_s",
         "ping_interval_s",
         "upload_timeout_s",
+        "metrics_port",
+        "metrics_key_required",
     ),
     "Folders": ("data_dir", "cache_dir", "demo_dir"),
-    "Batch": ("max_rows", "max_step_tokens", "prefill_chunk", "max_waiting_rows", "deterministic"),
+    "Batch": ("max_rows", "max_step_tokens", "prefill_chunk", "max_waiting_rows", "overlap", "deterministic"),
     "Memory": ("kv_cache_bytes", "prefix_cache_bytes", "host_prompt_bytes", "text_cache"),
     "Limits": ("max_virtual_tokens", "max_body_bytes", "max_upload_bytes", "max_request_tokens", "max_prompts"),
+    "Tenants": (
+        "default_requests_per_minute",
+        "default_tokens_per_minute",
+        "default_max_running_rows",
+        "default_max_prompts",
+        "default_max_prompt_bytes",
+        "default_max_virtual_tokens",
+    ),
     "Isolation": ("audit_share",),
-    "Logs": ("log_format", "log_level"),
+    "Logs": ("log_format", "log_level", "receipts_max_rows"),
 }
+
+# May change while the server runs; the rest needs a restart.
+RELOADABLE = frozenset({"log_level", *GROUPS["Tenants"]})
 
 
 def default_data_dir() -> Path:
     """`$XDG_DATA_HOME/promptmux`, else `~/.local/share/promptmux`; an empty variable counts as unset."""
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(base).expanduser() / "promptmux"
-
-
-class SettingsError(Exception):
-    """A setting is unknown or has a value out of range.
-
-    `key` is the setting's name as its source wrote it (None when two settings disagree, or a file cannot be read) and
-    `origin` the source: a flag, an environment variable, or a file.
-    """
-
-    def __init__(self, message: str, *, key: str | None = None, origin: str | None = None) -> None:
-        super().__init__(message)
-        self.key = key
-        self.origin = origin
 
 
 OnOff = Literal["on", "off"]
@@ -214,6 +202,10 @@ class Settings(BaseModel):
         le=1_000_000,
         description="Sequences that may wait for a place in the batch; more are refused with 503.",
     )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on: a step is launched before the one before it is looked at. auto: on CUDA, not on the CPU.",
+    )
     deterministic: OnOff = Field(
         "off",
         description="on: a sequence's bits do not depend on what shares the batch. Costs speed and memory.",
@@ -265,6 +257,46 @@ class Settings(BaseModel):
         le=65536,
         description="Items that `prompt` of one request may have.",
     )
+    default_requests_per_minute: int | None = Field(
+        None,
+        ge=0,
+        description="Requests a minute of a tenant that has no limit of its own. None: no limit.",
+    )
+    default_tokens_per_minute: int | None = Field(
+        None,
+        ge=0,
+        description="Tokens a minute, read and made, of a tenant that has no limit of its own. None: no limit.",
+    )
+    default_max_running_rows: int | None = Field(
+        None,
+        ge=0,
+        description="Sequences that may run or wait at once of a tenant that has no limit of its own. None: no limit.",
+    )
+    default_max_prompts: int | None = Field(
+        None,
+        ge=0,
+        description="Prompt versions of a tenant that has no limit of its own. None: no limit.",
+    )
+    default_max_prompt_bytes: Bytes | None = Field(
+        None,
+        ge=0,
+        description="Bytes of prompts of a tenant that has no limit of its own. None: no limit.",
+    )
+    default_max_virtual_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="Virtual tokens of all prompts together of a tenant that has no limit of its own. None: no limit.",
+    )
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of its own for /metrics, where no key is asked for; on the server's port it then needs one.",
+    )
+    metrics_key_required: OnOff = Field(
+        "off",
+        description="on: /metrics needs an API key, with the scope `infer`.",
+    )
     audit_share: float = Field(
         0.01,
         ge=0,
@@ -278,6 +310,12 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
         description="Least severe level that is written.",
+    )
+    receipts_max_rows: int = Field(
+        1_000_000,
+        ge=0,
+        le=1_000_000_000,
+        description="How many receipts (which prompt answered which request) are kept, the newest; 0 writes none.",
     )
 
     @field_validator("*", mode="before")
@@ -302,14 +340,6 @@ class Settings(BaseModel):
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedSettings:
-    """Settings in force, and for each name the source that gave its value (a flag, a variable, a file, "default")."""
-
-    settings: Settings
-    origins: Mapping[str, str]
-
-
 def flag_name(name: str) -> str:
     """The command-line flag of a setting: `max_rows` → `--max-rows`."""
     return "--" + name.replace("_", "-")
@@ -318,93 +348,3 @@ def flag_name(name: str) -> str:
 def env_name(name: str) -> str:
     """The environment variable of a setting: `max_rows` → `PROMPTMUX_MAX_ROWS`."""
     return ENV_PREFIX + name.upper()
-
-
-def load_settings(
-    flags: Mapping[str, object] | None = None,
-    config_file: Path | None = None,
-    env: Mapping[str, str] | None = None,
-) -> Settings:
-    """Settings in force; see `resolve_settings`."""
-    return resolve_settings(flags, config_file, env).settings
-
-
-def resolve_settings(
-    flags: Mapping[str, object] | None = None,
-    config_file: Path | None = None,
-    env: Mapping[str, str] | None = None,
-) -> ResolvedSettings:
-    """Merges flags, environment and file, and checks the result.
-
-    `flags` is keyed by setting name; a value of None means that the flag was not given. An empty environment variable
-    counts as not set. `env` None reads the process' environment. Raises `SettingsError`.
-    """
-    environment = os.environ if env is None else env
-    merged: dict[str, object] = {}
-    origins: dict[str, str] = dict.fromkeys(Settings.model_fields, "default")
-    layers = (
-        _read_file(config_file) if config_file is not None else {},
-        _read_environment(environment),
-        {name: (value, f"flag {flag_name(name)}") for name, value in (flags or {}).items() if value is not None},
-    )
-    for layer in layers:
-        for name, (value, origin) in layer.items():
-            _check_known(name, origin)
-            merged[name] = value
-            origins[name] = origin
-    try:
-        settings = Settings.model_validate(merged)
-    except ValidationError as error:
-        raise _to_settings_error(error, origins) from None
-    return ResolvedSettings(settings, origins)
-
-
-def _read_file(path: Path) -> dict[str, tuple[object, str]]:
-    try:
-        with path.open("rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise SettingsError(f"cannot read the configuration file {path}: {error.strerror}", origin=str(path)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the configuration file {path} is not valid TOML: {error}", origin=str(path)) from None
-    return {name: (value, f"file {path}") for name, value in content.items()}
-
-
-def _read_environment(environment: Mapping[str, str]) -> dict[str, tuple[object, str]]:
-    found: dict[str, tuple[object, str]] = {}
-    for variable, value in environment.items():
-        if not variable.startswith(ENV_PREFIX) or variable in OTHER_ENV_NAMES:
-            continue
-        if _SERVICE_LINK.match(variable) or (variable == "PROMPTMUX_PORT" and "://" in value):
-            raise SettingsError(
-                f"{variable} comes from a Kubernetes service named promptmux, not from you: "
-                "set enableServiceLinks: false in the pod's spec, or name the service otherwise",
-                key=variable,
-                origin="environment",
-            )
-        name = variable.removeprefix(ENV_PREFIX).lower()
-        if env_name(name) != variable or name not in Settings.model_fields:
-            raise _unknown(variable, "environment", [env_name(known) for known in Settings.model_fields])
-        if value != "":
-            found[name] = (value, f"environment {variable}")
-    return found
-
-
-def _check_known(name: str, origin: str) -> None:
-    if name not in Settings.model_fields:
-        raise _unknown(name, origin, list(Settings.model_fields))
-
-
-def _unknown(key: str, origin: str, known: list[str]) -> SettingsError:
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "; `promptmux config` lists them all"
-    return SettingsError(f"unknown setting {key} ({origin}){hint}", key=key, origin=origin)
-
-
-def _to_settings_error(error: ValidationError, origins: Mapping[str, str]) -> SettingsError:
-    first = error.errors(include_url=False)[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return SettingsError(reason)
-    name = str(first["loc"][0])
-    return SettingsError(f"{name} ({origins[name]}): {reason}", key=name, origin=origins[name])

@@ -5,6 +5,7 @@ know what is tested with it.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from prompt_store.formats import check_file
 from prompt_store.manifest import BackboneShape, SoftPrompt
 from server.engine.request import PromptRef
+
+TEST_DEVICE = os.environ.get("ENGINE_TEST_DEVICE", "cpu")
+"""Where the engine's and the isolation tests have their backbones."""
 
 VOCAB_SIZE = 128
 NUM_LAYERS = 3

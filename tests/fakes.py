@@ -1,22 +1,23 @@
-"""An engine without a model: a byte tokenizer and a thread that says back what it was asked.
+"""An engine without a model: a thread that says back, byte by byte, what it was asked.
 
 `EchoEngine` keeps the engine's contract (a real thread, one delivery a step, bounded queue, cancel, drain, failure) so
 that HTTP and the runtime are tested on real concurrency in milliseconds. What a row says is a pure function of its
 request: see `expected_text`. Prompts are read through the real store, so a corrupt file fails as it would for real.
 """
 
-import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.numpy import save
 
 from prompt_store.manifest import BackboneShape
+from server.engine.norms import describe_norms, norms_of, unit_vectors
 from server.engine.request import (
     FINISH_CANCELLED,
     FINISH_LENGTH,
@@ -31,32 +32,30 @@ from server.errors import DrainingError, EngineFailedError, PromptmuxError, Queu
 from server.metrics import Metrics
 from server.runtime.protocols import Deliver, LoadPrompt, Residency
 from server.settings import Settings
+from tests.byte_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, ByteTokenizer
 
 HIDDEN_SIZE = 8
-BOS_ID, EOS_ID = 256, 257
-VOCAB_SIZE = 258
 
 
-class ByteTokenizer:
-    """Token i is byte i; a text begins with BOS. Bytes that are no UTF-8 read as U+FFFD."""
+@dataclass(frozen=True)
+class EchoNearest:
+    token_ids: npt.NDArray[np.int64]
+    cosines: npt.NDArray[np.float32]
 
-    all_special_ids: Sequence[int] = (BOS_ID, EOS_ID)
 
-    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
-        ids = list(text.encode("utf-8"))
-        return {"input_ids": [BOS_ID, *ids] if add_special_tokens else ids}
+class EchoVocabulary:
+    """Random embeddings, `[VOCAB_SIZE, HIDDEN_SIZE]`, always the same; the nearest are found the plain way."""
 
-    def decode(
-        self, token_ids: Sequence[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
-    ) -> str:
-        parts: list[str] = []
-        for is_special, group in itertools.groupby(token_ids, key=lambda i: i >= BOS_ID):
-            ids = list(group)
-            if not is_special:
-                parts.append(bytes(ids).decode("utf-8", "replace"))
-            elif not skip_special_tokens:
-                parts.extend("<bos>" if i == BOS_ID else "<eos>" for i in ids)
-        return "".join(parts)
+    size = VOCAB_SIZE
+
+    def __init__(self) -> None:
+        self.embeddings = np.random.default_rng(0).standard_normal((VOCAB_SIZE, HIDDEN_SIZE)).astype(np.float32)
+        self.norms = describe_norms(norms_of(self.embeddings))
+
+    def nearest(self, vectors: npt.NDArray[np.float32], top: int) -> EchoNearest:
+        cosines = np.einsum("kd,vd->kv", unit_vectors(vectors), unit_vectors(self.embeddings)).astype(np.float32)
+        token_ids = np.argsort(-cosines, axis=1)[:, :top]
+        return EchoNearest(token_ids, np.take_along_axis(cosines, token_ids, axis=1))
 
 
 class EchoBackbone:
@@ -73,6 +72,7 @@ class EchoBackbone:
     def __init__(self, max_model_len: int = 4096) -> None:
         self.max_model_len = max_model_len
         self.tokenizer = ByteTokenizer()
+        self.vocabulary = EchoVocabulary()
 
     def shape(self, max_virtual_tokens: int) -> BackboneShape:
         return BackboneShape(

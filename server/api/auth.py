@@ -27,9 +27,18 @@ _HOST = re.compile(r"(?:\[(?P<ipv6>[^\[\]]*)\]|(?P<name>[^:\[\]/@]*))(?::\d*)?")
 # The first rule that matches holds. A path that none matches needs a key, of whatever scope.
 _RULES: tuple[tuple[re.Pattern[str], bool, KeyScope], ...] = (
     # A prompt's bytes are what its owner trained: calling it does not include taking it away.
-    (re.compile(r"/v1/tasks/[^/]+/versions/[^/]+/(file|config)"), True, "write"),
+    (re.compile(r"/v1/tasks/[^/]+/versions/[^/]+/(file|config|inspect)"), True, "write"),
+    # It changes nothing, and tells no more than calling both versions would.
+    (re.compile(r"/v1/tasks/[^/]+/compare"), False, "infer"),
     (re.compile(r"/v1/tasks(/.*)?"), True, "infer"),
     (re.compile(r"/v1/tasks(/.*)?"), False, "write"),
+    (re.compile(r"/v1/audit"), True, "admin"),
+    # The operator's: they speak of all tenants.
+    (re.compile(r"/v1/(keys|tenants)(/.*)?"), True, "admin"),
+    (re.compile(r"/v1/((keys|tenants)(/.*)?|reload)"), False, "admin"),
+    (re.compile(r"/metrics"), True, "infer"),
+    (re.compile(r"/(tokenize|detokenize)"), False, "infer"),
+    (re.compile(r"/tokenizer_info"), True, "infer"),
     (re.compile(r"/v1/.*"), True, "infer"),
     (re.compile(r"/v1/.*"), False, "infer"),
 )
@@ -49,9 +58,15 @@ class AuthMiddleware:
         self._runtime = runtime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not self._is_open(scope["path"]):
             context_of(scope).caller = await self._authorize(scope)
         await self._app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        settings = self._runtime.settings
+        if path == "/metrics" and (settings.metrics_key_required == "on" or settings.metrics_port is not None):
+            return False
+        return path in OPEN_PATHS
 
     async def _authorize(self, scope: Scope) -> Caller:
         headers = Headers(scope=scope)

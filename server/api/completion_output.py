@@ -1,25 +1,16 @@
-"""From a row's outputs to choices, log-probabilities and usage, as OpenAI's legacy completions write them.
+"""From a row's outputs to choices and log-probabilities, as OpenAI's legacy completions write them.
 
 Plain dicts: nothing here runs Pydantic, because it runs once a token. One `ChoiceWriter` a row carries what a stream
 must remember between chunks.
 """
 
-import time
 from collections.abc import Sequence
-from typing import Any
 
-from server.engine.request import PromptRef, RowOutput, TokenLogprob
-from server.runtime.generation import Generation, GenerationItem
+from server.api.generation_response import Json, ResponseWriter, prompt_identity
+from server.engine.request import RowOutput, TokenLogprob
+from server.runtime.generation import GenerationItem
 from server.runtime.service import RunningGeneration
 from server.runtime.tokens import OffsetCounter, TokenCodec
-
-Json = dict[str, Any]
-
-
-def prompt_identity(prompt: PromptRef | None) -> Json | None:
-    if prompt is None:
-        return None
-    return {"task": prompt.task, "version": prompt.version, "digest": prompt.digest}
 
 
 class ChoiceWriter:
@@ -84,8 +75,8 @@ class ChoiceWriter:
         return top
 
 
-class CompletionWriter:
-    """Writes the JSON of one request, whole or in chunks."""
+class CompletionWriter(ResponseWriter):
+    """Writes the JSON of one completions request."""
 
     def __init__(
         self,
@@ -98,15 +89,15 @@ class CompletionWriter:
         names_tasks: bool,
     ) -> None:
         generation = running.generation
-        self._running = running
-        self.head: Json = {
-            "id": f"cmpl-{generation.generation_id}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": system_fingerprint,
-            "prompt": None if names_tasks else prompt_identity(generation.items[0].prompt),
-        }
+        super().__init__(
+            running,
+            id_prefix="cmpl",
+            whole_object="text_completion",
+            chunk_object="text_completion",
+            model=model,
+            system_fingerprint=system_fingerprint,
+            prompt=None if names_tasks else generation.items[0].prompt,
+        )
         self._choices = {
             row.row_id: ChoiceWriter(
                 index,
@@ -119,27 +110,10 @@ class CompletionWriter:
             for index, row in enumerate(generation.rows)
         }
 
-    def whole(self, outputs: Sequence[RowOutput]) -> Json:
-        """The whole response; `outputs` has one merged output a row."""
-        choices = [self._choices[output.row_id].write(output) for output in outputs]
-        choices.sort(key=lambda choice: choice["index"])
-        return {**self.head, "choices": choices, "usage": self.usage()}
+    def whole_choice(self, output: RowOutput) -> Json:
+        return self._choices[output.row_id].write(output)
 
-    def choice(self, output: RowOutput) -> Json | None:
-        """The choice of one chunk; None when there is nothing to show yet: the text is being held back."""
-        choice = self._choices[output.row_id].write(output)
-        has_news = choice["text"] or choice["logprobs"] is not None or choice["finish_reason"] is not None
-        return choice if has_news else None
-
-    def usage(self) -> Json:
-        """What the request has used so far."""
-        generation: Generation = self._running.generation
-        prompt_tokens = generation.num_prompt_tokens
-        completion_tokens = self._running.meter.completion_tokens
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "virtual_tokens": generation.num_virtual_tokens,
-            "prompt_tokens_details": {"cached_tokens": self._running.meter.cached_tokens},
-        }
+    def chunk_choices(self, outputs: Sequence[RowOutput]) -> list[Json]:
+        choices = (self._choices[output.row_id].write(output) for output in outputs)
+        # What is held back is nothing to show yet.
+        return [c for c in choices if c["text"] or c["logprobs"] is not None or c["finish_reason"] is not None]

@@ -13,6 +13,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from server.runtime.receipts import RequestOrigin
 from server.runtime.service import RunningGeneration
 from server.tenancy.keys import Caller
 
@@ -23,7 +24,10 @@ _SCOPE_KEY = "promptmux.context"
 
 @dataclass(slots=True)
 class RequestContext:
-    """Filled in as the request goes inwards. `arrived_at_s` is on the monotonic clock."""
+    """Filled in as the request goes inwards. `arrived_at_s` is on the monotonic clock.
+
+    `endpoint` is the route's template, known once a route that takes the context was found.
+    """
 
     request_id: str
     arrived_at_s: float = field(default_factory=time.monotonic)
@@ -31,7 +35,14 @@ class RequestContext:
     task: str | None = None
     digest: str | None = None
     running: RunningGeneration | None = None
+    endpoint: str = "other"
     error_code: str | None = None
+
+    @property
+    def origin(self) -> RequestOrigin:
+        """What a receipt says of where the request comes from."""
+        key_id = self.caller.key_id if self.caller is not None else None
+        return RequestOrigin(request_id=self.request_id, key_id=key_id, endpoint=self.endpoint)
 
 
 def choose_request_id(given: str | None) -> str:

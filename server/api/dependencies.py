@@ -28,7 +28,9 @@ async def get_caller(request: Request) -> Caller:
 
 
 async def get_context(request: Request) -> RequestContext:
-    return context_of(request)
+    context = context_of(request)
+    context.endpoint = getattr(request.scope.get("route"), "path", context.endpoint)
+    return context
 
 
 AnyRuntime = Annotated[Runtime, Depends(get_runtime)]

@@ -86,5 +86,7 @@ async def version(runtime: AnyRuntime) -> Version:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(runtime: AnyRuntime) -> Response:
-    content, content_type = runtime.render_metrics()
+    """Behind a key where the settings say so, and where it has a port of its own."""
+    runtime.refresh_gauges()
+    content, content_type = runtime.metrics.render()
     return Response(content, headers={"content-type": content_type})

@@ -32,12 +32,9 @@ class ModelList(BaseModel):
 @router.get("/v1/models", summary="List the tasks that can be called", responses=documented_errors())
 async def list_models(runtime: ReadyRuntime, caller: CurrentCaller) -> ModelList:
     """The backbone's own name (no prompt) first, then the caller's active tasks and the shared ones, by name."""
-    views = await runtime.call(runtime.parts.tasks.list_callable, caller.tenant)
-    tasks = [
-        _model(runtime, view.task.task, created=int(view.task.created_at.timestamp()), owner=view.task.tenant)
-        for view in views
-    ]
-    return ModelList(data=[_backbone(runtime), *tasks])
+    tasks = await runtime.call(runtime.parts.tasks.list_callable, caller.tenant)
+    models = [_model(runtime, task.task, created=int(task.created_at.timestamp()), owner=task.tenant) for task in tasks]
+    return ModelList(data=[_backbone(runtime), *models])
 
 
 @router.get("/v1/models/{model:path}", summary="One model", responses=documented_errors(errors.TaskNotFoundError))

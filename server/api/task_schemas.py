@@ -2,8 +2,9 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
+from prompt_store.manifest import Canary, CanaryChange, Gate, GateStatus, Provenance
 from server.runtime.stats import Latency, TaskStats
 from server.runtime.tasks import TaskView, VersionView
 
@@ -30,6 +31,15 @@ class VersionPage(BaseModel):
     after: int | None = Field(None, ge=1, le=MAX_VERSION, description="The last version of the page before.")
 
 
+class CanaryObject(BaseModel):
+    """A version that answers a share of the requests that name the task alone; which, their ids decide."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: int = Field(ge=1, le=MAX_VERSION)
+    percent: int = Field(ge=1, le=99)
+
+
 class TaskUpdate(BaseModel):
     """All that is given changes at once, or nothing does."""
 
@@ -42,14 +52,15 @@ class TaskUpdate(BaseModel):
         None, ge=0, le=MAX_VERSION, description="Refuse (409) unless this version is active now."
     )
     pinned: bool | None = Field(None, description="Keep its prefix on the device.")
-    canary: Any = Field(None, description="Not available: must be left out.")
+    canary: CanaryObject | None = Field(
+        None, description="Send a share of the requests to another version; null ends that, left out changes nothing."
+    )
 
-    @field_validator("canary")
-    @classmethod
-    def _refuse_canary(cls, value: Any) -> Any:
-        if value is not None:
-            raise ValueError("canary rollouts are not available")
-        return value
+    @property
+    def canary_change(self) -> CanaryChange:
+        if "canary" not in self.model_fields_set:
+            return "keep"
+        return None if self.canary is None else Canary(self.canary.version, self.canary.percent)
 
 
 class TaskObject(BaseModel):
@@ -58,7 +69,7 @@ class TaskObject(BaseModel):
     tenant: str = Field(description="The owner: the caller's tenant, or `shared`.")
     active_version: int | None
     pinned: bool
-    canary: None = None
+    canary: CanaryObject | None
     residency: Residency = Field(description="Where the active version's prefix is.")
     num_versions: int
     created: int
@@ -71,6 +82,9 @@ class TaskObject(BaseModel):
             tenant=task.tenant,
             active_version=task.active_version,
             pinned=task.pinned,
+            canary=(
+                None if task.canary is None else CanaryObject(version=task.canary.version, percent=task.canary.percent)
+            ),
             residency=view.residency,
             num_versions=task.num_versions,
             created=int(task.created_at.timestamp()),
@@ -81,6 +95,56 @@ class TaskList(BaseModel):
     object: Literal["list"] = "list"
     data: list[TaskObject]
     has_more: bool
+
+
+class ProvenanceObject(BaseModel):
+    """Where a version comes from; null is what the uploader did not say."""
+
+    training_run: str | None
+    data_digest: str | None
+    key_id: str | None
+    key_label: str | None
+    uploaded_at: int
+    backbone_name: str | None
+    backbone_fingerprint: str
+
+    @classmethod
+    def of(cls, provenance: Provenance) -> Self:
+        return cls(
+            training_run=provenance.training_run,
+            data_digest=provenance.data_digest,
+            key_id=provenance.key_id,
+            key_label=provenance.key_label,
+            uploaded_at=int(provenance.uploaded_at.timestamp()),
+            backbone_name=provenance.backbone_name,
+            backbone_fingerprint=provenance.backbone_fingerprint,
+        )
+
+
+class GateObject(BaseModel):
+    """The condition for becoming active, and how far its check has come. Passed, but not activated because another
+    version was meanwhile, is `conflict`.
+    """
+
+    threshold: float
+    status: GateStatus
+    score: float | None
+    num_probes: int
+    activates: bool
+    finished_at: int | None
+    detail: dict[str, Any]
+
+    @classmethod
+    def of(cls, gate: Gate) -> Self:
+        return cls(
+            threshold=gate.threshold,
+            status=gate.status,
+            score=gate.score,
+            num_probes=gate.num_probes,
+            activates=gate.activates,
+            finished_at=None if gate.finished_at is None else int(gate.finished_at.timestamp()),
+            detail=dict(gate.detail),
+        )
 
 
 class VersionObject(BaseModel):
@@ -98,7 +162,9 @@ class VersionObject(BaseModel):
     state: Literal["active", "inactive", "quarantined"]
     residency: Residency
     metadata: dict[str, Any]
-    warnings: list[str]
+    provenance: ProvenanceObject
+    gate: GateObject | None
+    warnings: list[str] = Field(description="Each begins with a stable code and a colon.")
 
     @classmethod
     def of(cls, view: VersionView) -> Self:
@@ -117,6 +183,8 @@ class VersionObject(BaseModel):
             state=version.state,
             residency=view.residency,
             metadata=dict(version.metadata),
+            provenance=ProvenanceObject.of(version.provenance),
+            gate=None if version.gate is None else GateObject.of(version.gate),
             warnings=list(version.warnings),
         )
 

@@ -1,5 +1,6 @@
 """`/v1/tasks`: upload prompts, look at them, roll them out and back, take them away."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
@@ -25,6 +26,8 @@ from server.api.task_schemas import (
 )
 from server.api.upload_form import OPENAPI_BODY, receive_form, to_upload
 from server.errors import InvalidRequestError, PromptmuxError
+from server.runtime.service import Runtime
+from server.tenancy.keys import Caller
 
 VersionNumber = Annotated[int, Path(ge=1, le=MAX_VERSION)]
 
@@ -45,6 +48,7 @@ router = APIRouter(route_class=StrictJSONRoute, tags=["tasks"])
             errors.PayloadTooLargeError,
             errors.UnsupportedFileError,
             errors.PromptMismatchError,
+            errors.QuotaExceededError,
             errors.StorageFullError,
             errors.UnavailableError,
         ),
@@ -56,7 +60,8 @@ async def upload_version(
     """A file and its configuration as PEFT's `save_pretrained` writes them, checked strictly against the backbone.
 
     It is on disk when the answer comes. On any error nothing is stored. A body that takes too long to arrive is
-    refused with the code `upload_timeout`.
+    refused with the code `upload_timeout`. With `gate_threshold` the version stays inactive until the gate's check,
+    which goes on after the answer, has passed.
     """
     uploads = runtime.metrics.prompt_uploads_total
     try:
@@ -93,15 +98,15 @@ async def get_task(task: str, runtime: ReadyRuntime, caller: CurrentCaller) -> T
 
 @router.patch(
     "/v1/tasks/{task}",
-    summary="Roll out, roll back, pin",
+    summary="Roll out, roll back, pin, try a canary",
     responses=documented_errors(
         errors.InvalidRequestError, errors.TaskNotFoundError, errors.ConflictError, errors.PromptCorruptError
     ),
 )
 async def update_task(task: str, body: TaskUpdate, runtime: ReadyRuntime, caller: CurrentCaller) -> TaskObject:
     """Atomic. Rows that are running keep the version that they hold."""
-    if body.active_version is None and body.pinned is None:
-        raise InvalidRequestError("Give active_version or pinned.")
+    if body.active_version is None and body.pinned is None and body.canary_change == "keep":
+        raise InvalidRequestError("Give active_version, pinned or canary.")
     view = await runtime.call(
         runtime.parts.tasks.update_task,
         caller,
@@ -109,8 +114,22 @@ async def update_task(task: str, body: TaskUpdate, runtime: ReadyRuntime, caller
         active_version=body.active_version,
         expected_version=body.expected_version,
         pinned=body.pinned,
+        canary=body.canary_change,
     )
     return TaskObject.of(view)
+
+
+@router.post(
+    "/v1/tasks/{task}/rollback",
+    summary="Undo the last activation",
+    responses=documented_errors(errors.TaskNotFoundError, errors.ConflictError),
+)
+async def rollback_task(task: str, runtime: ReadyRuntime, caller: CurrentCaller) -> TaskObject:
+    """The version that was active before is again; repeated, it goes further back, as far as 64 activations.
+
+    Versions that are deleted, quarantined or held back by a gate are passed over. 409 when none was active before.
+    """
+    return TaskObject.of(await runtime.call(runtime.parts.tasks.rollback, caller, task))
 
 
 @router.delete("/v1/tasks/{task}", summary="Delete a task", responses=documented_errors(errors.TaskNotFoundError))
@@ -160,7 +179,7 @@ async def get_version(task: str, version: VersionNumber, runtime: ReadyRuntime, 
     responses=documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError, errors.ConflictError),
 )
 async def delete_version(task: str, version: VersionNumber, runtime: ReadyRuntime, caller: CurrentCaller) -> Deleted:
-    """409 for the active one.
+    """409 for the active one and for the canary.
 
     Rows in flight finish if they hold the prompt's prefix or its numbers are in memory. Those whose prompt had still
     to be read get 404.
@@ -186,12 +205,8 @@ async def get_file(
     task: str, version: VersionNumber, request: Request, runtime: ReadyRuntime, caller: CurrentCaller
 ) -> Response:
     """The bytes as uploaded, their digest checked now. `ETag` is the digest."""
-    tasks = runtime.parts.tasks
-    found = (await runtime.call(tasks.get_version, caller.tenant, task, version)).version
-    if _has_it(request, found):
-        return Response(status_code=304, headers=_etag(found))
-    content = await runtime.call(tasks.read_file, found)
-    return Response(content, headers=_etag(found), media_type="application/octet-stream")
+    read = runtime.parts.tasks.read_file
+    return await _download(request, runtime, caller, task, version, read, "application/octet-stream")
 
 
 @router.get(
@@ -208,12 +223,23 @@ async def get_config(
     task: str, version: VersionNumber, request: Request, runtime: ReadyRuntime, caller: CurrentCaller
 ) -> Response:
     """`adapter_config.json` as uploaded. A version never changes, so its digest is the `ETag` here too."""
-    tasks = runtime.parts.tasks
-    found = (await runtime.call(tasks.get_version, caller.tenant, task, version)).version
+    read = runtime.parts.tasks.read_config
+    return await _download(request, runtime, caller, task, version, read, "application/json")
+
+
+async def _download(
+    request: Request,
+    runtime: Runtime,
+    caller: Caller,
+    task: str,
+    version: int,
+    read: Callable[[PromptVersion], bytes],
+    media_type: str,
+) -> Response:
+    found = (await runtime.call(runtime.parts.tasks.get_version, caller.tenant, task, version)).version
     if _has_it(request, found):
         return Response(status_code=304, headers=_etag(found))
-    content = await runtime.call(tasks.read_config, found)
-    return Response(content, headers=_etag(found), media_type="application/json")
+    return Response(await runtime.call(read, found), headers=_etag(found), media_type=media_type)
 
 
 def _etag(version: PromptVersion) -> dict[str, str]:

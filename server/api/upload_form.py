@@ -6,6 +6,7 @@ counts the bytes, and the form must be whole within a time limit. Only then are 
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,15 +16,26 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from server.api.strict_json import parse_json
-from server.errors import InvalidRequestError
+from server.errors import InvalidRequestError, PayloadTooLargeError
 from server.runtime.tasks import PromptUpload
 
 MAX_FIELD_BYTES = 64 * 1024
 MAX_INT_DIGITS = 9
 # More than there are fields, so that an unknown one is read far enough to be named.
 MAX_PARTS = 16
-FILE_FIELDS = ("file", "config")
-TEXT_FIELDS = ("activate", "expected_version", "metadata", "task_index")
+REQUIRED_FILES = ("file", "config")
+FILE_FIELDS = (*REQUIRED_FILES, "probes")
+TEXT_FIELDS = (
+    "activate",
+    "expected_version",
+    "metadata",
+    "task_index",
+    "training_run",
+    "data_digest",
+    "gate_threshold",
+)
+MAX_PROBES_BYTES = 1024 * 1024
+_SHARE = re.compile(r"0|1|1\.0{1,20}|0?\.[0-9]{1,20}", re.ASCII)
 
 OPENAPI_BODY = {
     "requestBody": {
@@ -32,7 +44,7 @@ OPENAPI_BODY = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": list(FILE_FIELDS),
+                    "required": list(REQUIRED_FILES),
                     "additionalProperties": False,
                     "properties": {
                         "file": {
@@ -61,6 +73,27 @@ OPENAPI_BODY = {
                             "type": "integer",
                             "minimum": 0,
                             "description": "Which task of a MULTITASK_PROMPT_TUNING file it is.",
+                        },
+                        "training_run": {
+                            "type": "string",
+                            "maxLength": 200,
+                            "description": "What the prompt was trained in, kept as its provenance.",
+                        },
+                        "data_digest": {
+                            "type": "string",
+                            "maxLength": 200,
+                            "description": "Digest of the data that it was trained on, kept as its provenance.",
+                        },
+                        "probes": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": 'JSON lines of `{"prompt": …, "completion": …}`: at most 1000, 1 MiB.',
+                        },
+                        "gate_threshold": {
+                            "type": "number",
+                            "minimum": 0,
+                            "maximum": 1,
+                            "description": "Stay inactive until this share of the probes is answered as expected.",
                         },
                     },
                 }
@@ -109,6 +142,10 @@ async def to_upload(form: FormData, task: str) -> PromptUpload:
         expected_version=_read_int(form, "expected_version"),
         metadata=_read_object(form, "metadata"),
         task_index=_read_int(form, "task_index"),
+        training_run=_read_text(form, "training_run"),
+        data_digest=_read_text(form, "data_digest"),
+        probes=await _read_probes(form),
+        gate_threshold=_read_share(form, "gate_threshold"),
     )
 
 
@@ -120,6 +157,15 @@ async def _read_file(form: FormData, name: str) -> bytes:
         return await value.read()
     # Sent without a file name: small enough to be taken as it is.
     return value.encode("utf-8", "surrogateescape")
+
+
+async def _read_probes(form: FormData) -> bytes | None:
+    value = form.get("probes")
+    if isinstance(value, UploadFile) and value.size is not None and value.size > MAX_PROBES_BYTES:
+        raise PayloadTooLargeError(
+            f"probes has more than the {MAX_PROBES_BYTES} bytes that are allowed.", param="probes"
+        )
+    return None if value is None else await _read_file(form, "probes")
 
 
 def _read_text(form: FormData, name: str) -> str | None:
@@ -145,6 +191,16 @@ def _read_int(form: FormData, name: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= MAX_INT_DIGITS):
         raise InvalidRequestError(f"{name}: must be an integer from 0 to {10**MAX_INT_DIGITS - 1}", param=name)
     return int(text)
+
+
+def _read_share(form: FormData, name: str) -> float | None:
+    text = _read_text(form, name)
+    if text is None:
+        return None
+    # What Python takes for a number beyond this, `nan`, `1_0`, a space, no client means.
+    if not _SHARE.fullmatch(text):
+        raise InvalidRequestError(f"{name}: must be a number from 0 to 1", param=name)
+    return float(text)
 
 
 def _read_object(form: FormData, name: str) -> dict[str, Any] | None:

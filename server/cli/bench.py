@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server.cli.connection import resolve_connection
 from server.cli.http_client import DEFAULT_URL
 from server.cli.output import ExitCode, fail
 from server.cli.setting_flags import ConfigFile, with_setting_flags
@@ -46,8 +47,11 @@ def bench(
         bool, typer.Option("--offline", help="Run the engine in this process: no HTTP, no server.")
     ] = False,
     url: Annotated[
-        str, typer.Option(envvar="PROMPTMUX_URL", help="Address of the server.", rich_help_panel=_ONLINE)
-    ] = DEFAULT_URL,
+        str | None,
+        typer.Option(
+            envvar="PROMPTMUX_URL", show_default=DEFAULT_URL, help="Address of the server.", rich_help_panel=_ONLINE
+        ),
+    ] = None,
     key: Annotated[
         str | None,
         typer.Option(envvar="PROMPTMUX_KEY", help="API key, where the server asks for one.", rich_help_panel=_ONLINE),
@@ -193,6 +197,7 @@ def bench(
         prompts = 0 if no_prompt else num_prompts
         chosen = OfflineOptions(settings={"model": model, **flags}, config=config, num_prompts=prompts, k=k, seed=seed)
     else:
+        url, key = resolve_connection(url, key)
         chosen = OnlineOptions(url=url, key=key, tasks=() if no_prompt else task or None, vocab_size=vocab_size)
     run_bench(
         chosen,

@@ -16,7 +16,7 @@ import httpx
 
 from server.bench.load import Target
 from server.bench.measurement import Look
-from server.cli.http_client import TaskClient
+from server.cli.http_client import ServerClient
 from server.cli.output import ExitCode, fail, to_stderr
 from server.cli.setting_flags import resolve_or_fail
 from server.engine.config import EngineConfig
@@ -70,7 +70,7 @@ async def online_target(options: OnlineOptions) -> AsyncIterator[BenchTarget]:
     from server.bench.online import OnlineTarget
 
     tasks = options.tasks
-    with TaskClient(options.url, options.key) as client:
+    with ServerClient(options.url, options.key) as client:
         version = client.server_version()
         models = client.models()
         backbone = next((str(item["id"]) for item in models if item.get("root") == item["id"]), None)

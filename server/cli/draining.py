@@ -7,6 +7,7 @@ uvicorn's open requests.
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from server.cli.hints import next_steps
 from server.cli.output import ExitCode, say
-from server.errors import AuthenticationError
+from server.errors import AuthenticationError, PromptmuxError
 from server.runtime.service import Runtime
 from server.settings import Settings
 
@@ -84,12 +85,21 @@ class DrainingServer(uvicorn.Server):
             asyncio.create_task(self._watch_loading(port)),
             asyncio.create_task(self._end_when_engine_failed()),
         ]
+        self._loop.add_signal_handler(signal.SIGHUP, self._reload)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop.remove_signal_handler(signal.SIGHUP)
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
         await super().shutdown(sockets)
+
+    def _reload(self) -> None:
+        """Settings that are wrong are told, and the old ones stay in force."""
+        try:
+            self._runtime.reload()
+        except PromptmuxError as error:
+            _log.error("reload_failed", error=error.message, setting=error.param)
 
     async def _drain_when_signalled(self) -> None:
         await self._signalled.wait()

@@ -1,11 +1,13 @@
-"""The command line's way to a running server: one small HTTP client over the routes of `/v1/tasks`.
+"""The command line's way to a running server: one small HTTP client over its routes.
 
-Owns addresses, the key, time limits, and the translation of failures into exit codes and advice. Refuses to know how
-results are shown.
+Owns paths, time limits, and the translation of failures into exit codes and advice. Refuses to know how results are
+shown, and where address and key come from (`server.cli.connection`).
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -19,8 +21,12 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 PROMPT_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PAGE = 100
+# Two versions answer up to hundreds of inputs.
+_SLOW = httpx.Timeout(600.0, connect=5.0)
 
-_EXIT_CODES = {
+UNREACHABLE_HINT = "start one with `promptmux serve`, or give its address with --url or PROMPTMUX_URL"
+
+EXIT_CODES = {
     400: ExitCode.REFUSED,
     401: ExitCode.DENIED,
     403: ExitCode.DENIED,
@@ -33,8 +39,9 @@ _EXIT_CODES = {
     503: ExitCode.BUSY,
 }
 _HINTS = {
+    400: "`promptmux COMMAND --help` tells what may be given",
     401: "give a key with --key or PROMPTMUX_KEY; `promptmux keys create` makes one",
-    403: "use a key with the scope that this needs: `promptmux keys create --scope write`",
+    403: "use a key with the scope that this needs: `promptmux keys create --scope infer --scope write`",
     404: "`promptmux ls` shows the tasks that this key sees",
     409: "`promptmux show TASK` tells what is active now",
     413: "the server's max_upload_bytes is the limit",
@@ -45,7 +52,7 @@ _HINTS = {
 }
 
 
-class TaskClient:
+class ServerClient:
     """Calls the server at `url`. Every failure ends the command with its exit code and a hint (`typer.Exit`)."""
 
     def __init__(self, url: str, key: str | None, *, transport: httpx.BaseTransport | None = None) -> None:
@@ -68,18 +75,17 @@ class TaskClient:
     ) -> None:
         self._http.close()
 
-    def upload(self, task: str, folder: Path, fields: Mapping[str, str]) -> dict[str, Any]:
+    def upload(self, task: str, folder: Path, fields: Mapping[str, str], probes: Path | None = None) -> dict[str, Any]:
         """Uploads the prompt in `folder`; returns the version object. `fields` are the form's optional fields."""
-        with (folder / PROMPT_FILE).open("rb") as file, (folder / CONFIG_FILE).open("rb") as config:
-            response = self._send(
-                "POST",
-                f"/v1/tasks/{_segment(task)}/versions",
-                data=dict(fields),
-                files={
-                    "file": (PROMPT_FILE, file, "application/octet-stream"),
-                    "config": (CONFIG_FILE, config, "application/json"),
-                },
-            )
+        with contextlib.ExitStack() as stack:
+            file, config = (stack.enter_context((folder / name).open("rb")) for name in (PROMPT_FILE, CONFIG_FILE))
+            files = {
+                "file": (PROMPT_FILE, file, "application/octet-stream"),
+                "config": (CONFIG_FILE, config, "application/json"),
+            }
+            if probes is not None:
+                files["probes"] = (probes.name, stack.enter_context(probes.open("rb")), "application/jsonl")
+            response = self._send("POST", f"{_task_path(task)}/versions", data=dict(fields), files=files)
         return _as_object(response) | {"was_new": response.status_code == httpx.codes.CREATED}
 
     def tasks(self) -> Iterator[dict[str, Any]]:
@@ -103,28 +109,97 @@ class TaskClient:
 
     def versions(self, task: str) -> Iterator[dict[str, Any]]:
         """All versions of a task, page by page."""
-        yield from self._pages(f"/v1/tasks/{_segment(task)}/versions", "version")
+        yield from self._pages(f"{_task_path(task)}/versions", "version")
 
     def task(self, task: str) -> dict[str, Any]:
-        return _as_object(self._send("GET", f"/v1/tasks/{_segment(task)}"))
+        return _as_object(self._send("GET", _task_path(task)))
+
+    def active_version(self, task: str) -> int:
+        """The version that answers; a task without one ends the command."""
+        version = self.task(task).get("active_version")
+        if not isinstance(version, int):
+            fail(f"{task} has no active version", code=ExitCode.NOT_FOUND, hint=f"promptmux show {task}")
+        return version
 
     def version(self, task: str, version: int) -> dict[str, Any]:
-        return _as_object(self._send("GET", f"/v1/tasks/{_segment(task)}/versions/{version}"))
+        return _as_object(self._send("GET", f"{_task_path(task)}/versions/{version}"))
 
-    def activate(self, task: str, version: int, *, expected_version: int | None) -> dict[str, Any]:
-        """Makes `version` active if `expected_version` still is."""
-        change: dict[str, int] = {"active_version": version}
-        if expected_version is not None:
-            change["expected_version"] = expected_version
-        return _as_object(self._send("PATCH", f"/v1/tasks/{_segment(task)}", json=change))
+    def update_task(self, task: str, change: Mapping[str, Any]) -> dict[str, Any]:
+        """Changes all that is given, or nothing; returns the task object."""
+        return _as_object(self._send("PATCH", _task_path(task), json=dict(change)))
 
-    def delete(self, task: str) -> None:
-        self._send("DELETE", f"/v1/tasks/{_segment(task)}")
+    def rollback(self, task: str) -> dict[str, Any]:
+        """Undoes the last activation; returns the task object."""
+        return _as_object(self._send("POST", f"{_task_path(task)}/rollback"))
+
+    def delete_task(self, task: str) -> None:
+        self._send("DELETE", _task_path(task))
+
+    def delete_version(self, task: str, version: int) -> None:
+        self._send("DELETE", f"{_task_path(task)}/versions/{version}")
+
+    def inspect(self, task: str, version: int, *, top: int, against: str | None) -> dict[str, Any]:
+        query: dict[str, int | str] = {"top": top} | ({} if against is None else {"against": against})
+        return _as_object(self._send("GET", f"{_task_path(task)}/versions/{version}/inspect", params=query))
+
+    def compare(
+        self,
+        task: str,
+        versions: Sequence[int | None],
+        *,
+        inputs: Sequence[Mapping[str, str]] | None,
+        max_tokens: int,
+    ) -> dict[str, Any]:
+        """Both versions (None: the bare backbone) answer the same inputs (None: the probes kept with them)."""
+        body: dict[str, Any] = {"versions": list(versions), "max_tokens": max_tokens}
+        if inputs is not None:
+            body["inputs"] = list(inputs)
+        return _as_object(self._send("POST", f"{_task_path(task)}/compare", json=body, timeout=_SLOW))
+
+    def keys(self) -> Iterator[dict[str, Any]]:
+        """All keys, revoked ones too; never their secrets."""
+        yield from self._pages("/v1/keys", "id")
+
+    def create_key(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return _as_object(self._send("POST", "/v1/keys", json=dict(fields)))
+
+    def revoke_key(self, key_id: str, *, force: bool) -> dict[str, Any]:
+        query = {"force": "true"} if force else {}
+        return _as_object(self._send("DELETE", f"/v1/keys/{_segment(key_id)}", params=query))
+
+    def tenants(self) -> Iterator[dict[str, Any]]:
+        yield from self._pages("/v1/tenants", "tenant")
+
+    def quota(self, tenant: str | None) -> dict[str, Any]:
+        """A tenant's limits, those in force, and what it uses; None: the key's own tenant."""
+        return _as_object(self._send("GET", "/v1/quota" if tenant is None else _quota_path(tenant)))
+
+    def set_quota(self, tenant: str, limits: Mapping[str, int | None]) -> dict[str, Any]:
+        """Replaces all limits of the tenant."""
+        return _as_object(self._send("PUT", _quota_path(tenant), json=dict(limits)))
+
+    def reload(self) -> dict[str, Any]:
+        return _as_object(self._send("POST", "/v1/reload"))
+
+    def audit(self, query: Mapping[str, str | int]) -> list[dict[str, Any]]:
+        """Entries of the audit log, oldest first."""
+        lines = self._send("GET", "/v1/audit", params=dict(query)).text.splitlines()
+        try:
+            entries = [json.loads(line) for line in lines if line]
+        except ValueError:
+            self._not_ours()
+        if not all(isinstance(entry, dict) and isinstance(entry.get("id"), int) for entry in entries):
+            self._not_ours()
+        return entries
+
+    def metrics(self) -> str:
+        """Prometheus' text."""
+        return self._send("GET", "/metrics").text
 
     def download(self, task: str, version: int) -> tuple[bytes, bytes]:
         """The prompt file and its configuration as uploaded; the file is checked against its digest."""
         expected = str(self.version(task, version).get("digest", ""))
-        base = f"/v1/tasks/{_segment(task)}/versions/{version}"
+        base = f"{_task_path(task)}/versions/{version}"
         file = self._send("GET", f"{base}/file").content
         found = hashlib.sha256(file).hexdigest()
         if found != expected.removeprefix("sha256:"):
@@ -153,13 +228,13 @@ class TaskClient:
             fail(
                 f"no server answers at {self.url} ({error or type(error).__name__})",
                 code=ExitCode.UNREACHABLE,
-                hint="start one with `promptmux serve`, or give its address with --url or PROMPTMUX_URL",
+                hint=UNREACHABLE_HINT,
             )
         if not response.is_success:
             hint = _HINTS.get(response.status_code, "the server's log has a line with this request's id")
             fail(
                 _error_message(response),
-                code=_EXIT_CODES.get(response.status_code, ExitCode.FAILED),
+                code=EXIT_CODES.get(response.status_code, ExitCode.FAILED),
                 hint=hint.replace("URL", self.url),
             )
         return response
@@ -170,6 +245,14 @@ class TaskClient:
 
 def _segment(name: str) -> str:
     return quote(name, safe="")
+
+
+def _task_path(task: str) -> str:
+    return f"/v1/tasks/{_segment(task)}"
+
+
+def _quota_path(tenant: str) -> str:
+    return f"/v1/tenants/{_segment(tenant)}/quota"
 
 
 def _as_object(response: httpx.Response) -> dict[str, Any]:

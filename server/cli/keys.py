@@ -1,17 +1,21 @@
-"""The commands that make, list and revoke API keys, on the store's folder; a server may be running beside them."""
+"""The commands that make, list and revoke API keys: at a running server, or with `--data` on the store's folder.
 
-from collections.abc import Iterator
+The first key of a server that is not running is made on its folder; a server may also be running beside that.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.cli.output import ExitCode, fail, print_json, print_table, say
+from server.cli.connection import Json, Key, Url, connect
+from server.cli.output import ExitCode, fail, print_json, print_table, say, when
 from server.cli.setting_flags import resolve_or_fail
 
 if TYPE_CHECKING:
-    from prompt_store.manifest import Key
+    from prompt_store.manifest import Key as StoredKey
     from prompt_store.store import PromptStore
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
@@ -19,59 +23,97 @@ app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--data", "--data-dir", metavar="DIR", help="The store's folder.", show_default="the server's data_dir"
+        "--data",
+        "--data-dir",
+        metavar="DIR",
+        help="Work on the store in this folder, without a server.",
+        show_default="none: ask the server",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
 def create(
-    tenant: Annotated[str, typer.Option(help="Who owns the tasks that this key sees and makes.")] = "default",
+    tenant: Annotated[
+        str | None,
+        typer.Option(help="Who owns the tasks that this key sees and makes.", show_default="the key's own, or default"),
+    ] = None,
     scope: Annotated[
         list[str] | None,
         typer.Option(help="What it may do: infer, write or admin. May be given more than once.", show_default="infer"),
     ] = None,
     label: Annotated[str, typer.Option(help="A note for people.")] = "",
     data: Data = None,
+    url: Url = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Make a key. The secret is printed once, on stdout; the store keeps its hash alone."""
-    with _open_store(data) as store:
-        key, secret = store.create_key(tenant, frozenset(scope or ["infer"]), label)
+    scopes = sorted(set(scope or ["infer"]))
+    if data is not None:
+        with _open_store(data) as store:
+            stored, secret = store.create_key(tenant or "default", frozenset(scopes), label)
+        made = _describe(stored) | {"secret": secret}
+    else:
+        with connect(url, key) as client:
+            made = client.create_key({"tenant": tenant, "scopes": scopes, "label": label})
     if as_json:
-        print_json(_describe(key) | {"secret": secret})
+        print_json(made)
         return
-    say(f"key {key.id} of tenant {key.tenant} ({', '.join(sorted(key.scopes))}); keep it, it is not shown again:")
-    typer.echo(secret)
+    say(f"key {made.get('id')} of tenant {made.get('tenant')} ({', '.join(scopes)}); keep it, it is not shown again:")
+    typer.echo(made.get("secret"))
 
 
 @app.command("ls")
-def list_keys(data: Data = None, as_json: Json = False) -> None:
+def list_keys(data: Data = None, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """List keys, revoked ones too; never their secrets."""
-    with _open_store(data) as store:
-        keys = store.list_keys()
+    keys: Sequence[dict[str, Any]]
+    if data is not None:
+        with _open_store(data) as store:
+            keys = [_describe(stored) for stored in store.list_keys()]
+    else:
+        with connect(url, key) as client:
+            keys = list(client.keys())
     if as_json:
-        print_json([_describe(key) for key in keys])
+        print_json(keys)
         return
     if not keys:
         say("no keys: everyone who reaches the server is tenant `default`, and it listens on loopback only")
         return
     print_table(
         ("id", "tenant", "scopes", "label", "created", "revoked"),
-        [(key.id, key.tenant, ",".join(sorted(key.scopes)), key.label, key.created_at, key.revoked_at) for key in keys],
+        [
+            (
+                item["id"],
+                item.get("tenant"),
+                ",".join(item.get("scopes") or ()),
+                item.get("label"),
+                when(item.get("created")),
+                when(item.get("revoked")),
+            )
+            for item in keys
+        ],
     )
 
 
 @app.command()
 def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="As `promptmux keys ls` shows it.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if no other key of the server has the scope admin.")
+    ] = False,
     data: Data = None,
+    url: Url = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Revoke a key: a running server refuses it within seconds."""
-    with _open_store(data) as store:
-        store.revoke_key(key_id)
+    if data is not None:
+        with _open_store(data) as store:
+            store.revoke_key(key_id)
+    else:
+        with connect(url, key) as client:
+            client.revoke_key(key_id, force=force)
     if as_json:
         print_json({"id": key_id, "revoked": True})
         return
@@ -79,7 +121,7 @@ def revoke(
 
 
 @contextmanager
-def _open_store(data: Path | None) -> "Iterator[PromptStore]":
+def _open_store(data: Path) -> "Iterator[PromptStore]":
     """The store beside whoever serves it. Its errors end the command."""
     from prompt_store.errors import InvalidValue, KeyNotFound, PromptStoreError
     from prompt_store.store import PromptStore
@@ -91,12 +133,12 @@ def _open_store(data: Path | None) -> "Iterator[PromptStore]":
     except InvalidValue as error:
         fail(error.message, code=ExitCode.USAGE)
     except KeyNotFound as error:
-        fail(error.message, code=ExitCode.NOT_FOUND, hint="promptmux keys ls")
+        fail(error.message, code=ExitCode.NOT_FOUND, hint=f"promptmux keys ls --data {data}")
     except PromptStoreError as error:
         fail(error.message, hint="--data DIR, the folder that the server runs on")
 
 
-def _describe(key: "Key") -> dict[str, object]:
+def _describe(key: "StoredKey") -> dict[str, Any]:
     return {
         "id": key.id,
         "tenant": key.tenant,

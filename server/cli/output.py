@@ -8,6 +8,7 @@ import enum
 import json
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import typer
@@ -30,10 +31,20 @@ class ExitCode(enum.IntEnum):
     BUSY = 8
 
 
-EXIT_CODE_HELP = (
-    "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 server not reached, 4 not found, 5 conflict, "
-    "6 key missing or not allowed, 7 file or value refused, 8 busy (try again)."
-)
+EXIT_CODE_MEANINGS = {
+    ExitCode.OK: "done",
+    ExitCode.FAILED: "failed",
+    ExitCode.USAGE: "wrong usage",
+    ExitCode.UNREACHABLE: "server not reached",
+    ExitCode.NOT_FOUND: "not found",
+    ExitCode.CONFLICT: "conflict",
+    ExitCode.DENIED: "key missing or not allowed",
+    ExitCode.REFUSED: "file or value refused",
+    ExitCode.BUSY: "busy (try again)",
+}
+EXIT_CODE_HELP = "Exit codes: " + ", ".join(f"{code} {text}" for code, text in EXIT_CODE_MEANINGS.items()) + "."
+
+_SHORT_DIGEST = 12
 
 
 def to_stderr() -> Console:
@@ -53,6 +64,23 @@ def fail(message: str, *, code: ExitCode = ExitCode.FAILED, hint: str | None = N
 def say(message: str) -> None:
     """A line for the person at the terminal, on stderr."""
     to_stderr().print(Text(plain(message)), soft_wrap=True)
+
+
+def is_terminal() -> bool:
+    """Whether someone looks at stderr: progress is shown to people alone."""
+    return sys.stderr.isatty()
+
+
+def short_digest(digest: object) -> str | None:
+    """Enough of a digest to tell it from others."""
+    return None if digest is None else str(digest).removeprefix("sha256:")[:_SHORT_DIGEST]
+
+
+def when(created: object) -> str | None:
+    """A time in seconds since 1970 (UTC) as people write it; anything else as it is."""
+    if isinstance(created, int | float) and not isinstance(created, bool):
+        return datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%d %H:%M")
+    return None if created is None else str(created)
 
 
 def print_json(value: Any) -> None:

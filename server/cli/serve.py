@@ -7,6 +7,7 @@ together. Refuses to know how the app is built (`server.app`) and how it ends (`
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from server.cli.output import ExitCode, fail, to_stderr
 from server.cli.setting_flags import ConfigFile, resolve_or_fail, with_setting_flags
 from server.loopback import is_loopback
 from server.settings import Settings
+from server.settings_sources import load_settings
 
 
 @with_setting_flags
@@ -38,11 +40,12 @@ def serve(
     SIGTERM or Ctrl-C: new requests get 503, running ones finish, then it exits. A second signal exits at once.
     An engine that fails ends the process with code 1.
     """
-    settings = resolve_or_fail({"model": model, **flags}, config).settings
+    given = {"model": model, **flags}
+    settings = resolve_or_fail(given, config).settings
     if not is_loopback(settings.host):
         _require_keys(settings)
     listener = bind(settings.host, settings.port)
-    raise typer.Exit(_serve(settings, listener))
+    raise typer.Exit(_serve(settings, listener, lambda: load_settings(given, config)))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -80,7 +83,7 @@ def _require_keys(settings: Settings) -> None:
         )
 
 
-def _serve(settings: Settings, listener: socket.socket) -> int:
+def _serve(settings: Settings, listener: socket.socket, read_settings: Callable[[], Settings]) -> int:
     from server.logs import configure_logging
 
     configure_logging(settings.log_format, settings.log_level)
@@ -97,7 +100,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
         from server.app import create_app
     from server.cli.draining import DrainingServer
 
-    return DrainingServer(create_app(settings), settings).serve_on(listener)
+    return DrainingServer(create_app(settings, read_settings=read_settings), settings).serve_on(listener)
 
 
 def make_embedded_backbone(cache_dir: Path) -> Path:

@@ -11,7 +11,8 @@ import typer
 from pydantic.fields import FieldInfo
 
 from server.cli.output import ExitCode, fail
-from server.settings import GROUPS, ResolvedSettings, Settings, SettingsError, flag_name, resolve_settings
+from server.settings import GROUPS, Settings, flag_name
+from server.settings_sources import ResolvedSettings, SettingsError, resolve_settings
 
 ConfigFile = Annotated[
     Path | None,

@@ -38,6 +38,7 @@ from server.engine.gate import (
     gate_references,
     gate_rows,
 )
+from server.engine.inspection import Vocabulary
 from server.engine.kernels.choose import choose_kernel
 from server.engine.kernels.native import NativeUnavailableError, load_native
 from server.engine.kv import KeysValues, KvPool, bytes_per_token
@@ -88,6 +89,9 @@ class Backbone:
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.max_model_len = context_length(model, max_model_len)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.num_parameters = model.num_parameters()
+        """As transformers made it: tied weights once, before any are packed."""
+        self.vocabulary = Vocabulary(model.get_input_embeddings(), size=self.vocab_size, device=self.device)
         self.kernel, kernel = choose_kernel(self.device)
         self._context = StepContext(kernel)
         attach_context(model, self._context)
@@ -128,6 +132,7 @@ class Backbone:
         folder = resolve_folder(source)
         refuse_shipped_code(folder)
         model, tokenizer = _read(source, folder, chosen_dtype, chosen_device)
+        num_parameters = model.num_parameters()
         linears: LinearReport | None = None
         try:
             linears = prepare_linears(model, quantization=quantization)
@@ -149,6 +154,7 @@ class Backbone:
             max_model_len=max_model_len,
             quantization=quantization,
         )
+        backbone.num_parameters = num_parameters
         backbone.linears = linears
         backbone._offer_compiled(folder, cache_dir)
         return backbone
@@ -195,6 +201,9 @@ class Backbone:
             dtype=self.dtype_name,
             max_virtual_tokens=max_virtual_tokens,
             model_type=self.model.config.model_type,
+            num_parameters=self.num_parameters,
+            embedding_norm_mean=self.vocabulary.norms.mean,
+            embedding_norm_std=self.vocabulary.norms.std,
         )
 
     @torch.inference_mode()
@@ -242,9 +251,12 @@ class Backbone:
             )
 
     @torch.inference_mode()
-    def forward(self, pool: KvPool, plan: StepPlan) -> torch.Tensor:
-        """Run one step. Returns the logits `[L, vocab_size]` of `plan.logits_tokens`, in the serving dtype."""
-        return self._forward.run(pool, plan)
+    def forward(self, pool: KvPool, plan: StepPlan, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        """Run one step. Returns the logits `[L, vocab_size]` of `plan.logits_tokens`, in the serving dtype.
+
+        `sampled` are the tokens that the plan's sources name, on the device (packed path alone).
+        """
+        return self._forward.run(pool, plan, sampled)
 
     @torch.inference_mode()
     def reference(

@@ -72,13 +72,29 @@ def resolve_folder(source: str) -> Path:
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, on the CPU, and its tokenizer. Raises ValueError, or what transformers raises, when it is unfit."""
-    if getattr(AutoConfig.from_pretrained(folder), "is_encoder_decoder", False):
+    """The model, on the CPU, and its tokenizer. Raises ValueError, or what transformers raises, when it is unfit.
+
+    Weights that the checkpoint holds quantised come as transformers brings them: in their own format where the machine
+    runs it, else widened to `dtype`.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "is_encoder_decoder", False):
         raise ValueError("it is an encoder-decoder model; promptmux serves decoder-only models")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, attn_implementation=STOCK_ATTENTION, output_loading_info=True
-    )
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation=STOCK_ATTENTION, output_loading_info=True
+        )
+    except ImportError as error:
+        if method is None:
+            raise
+        # Every format has packages of its own; transformers says which.
+        raise ValueError(f"its weights are quantised ({method}), and that cannot be read here: {error}") from error
     model, loading = loaded
+    if isinstance(getattr(model.config, "quantization_config", None), dict):
+        # What transformers understands it replaces by an object, or drops once the weights are widened.
+        raise ValueError(f"its weights are quantised ({method}), which this version of transformers does not know")
     # transformers fills what a checkpoint lacks with random numbers and only logs it.
     missing = sorted(loading["missing_keys"])
     if missing:

@@ -7,7 +7,8 @@ refuses to know the model (a callable) and the plan's meaning (checked before it
 A step with fewer rows than its bucket is padded with rows of no tokens: they read nothing, write nowhere, and their
 tokens' answers are zero. A graph's page table has room for the longest row, since kernels read no further than a row's
 length; so a graph serves all lengths. Nothing in a replay waits for the device: the step's numbers go from pinned
-memory, of which there are two so that one can be filled while the other is still being copied.
+memory, of which there are two pieces, so that one can be filled while the other is still being copied. Tokens that the
+host does not know yet are put into the buffers on the device, between that copy and the replay.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from server.engine.kernels.batch import NO_SLOT, PAGE_SIZE, PagedBatch
-from server.engine.plan import NO_PAGE, StepPlan
+from server.engine.plan import NO_PAGE, NO_SOURCE, StepPlan
 
 Pass = Callable[[], torch.Tensor]
 """One forward pass over fixed buffers; returns its logits `[bucket, vocab_size]`."""
@@ -111,10 +112,11 @@ class DecodeGraphs:
             and all(entry.vectors is None for entry in plan.entries)
         )
 
-    def replay(self, plan: StepPlan) -> torch.Tensor:
+    def replay(self, plan: StepPlan, sampled: torch.Tensor | None = None) -> torch.Tensor:
         """The logits `[rows, vocab_size]` of a plan that `can_replay`; they last until the next call.
 
-        The first call for a bucket captures it, which takes long and waits for the device: see `warm_up`.
+        `sampled` are the tokens that the plan's sources name. The first call for a bucket captures it, which takes long
+        and waits for the device: see `warm_up`.
         """
         num_rows = len(plan.entries)
         bucket = next(size for size in self.buckets if size >= num_rows)
@@ -123,6 +125,9 @@ class DecodeGraphs:
         self._num_steps += 1
         stage.fill(plan)
         stage.copy_to(self._inputs, bucket)
+        if plan.takes_samples:
+            token_ids = self._inputs.token_ids[:num_rows]
+            token_ids.copy_(take_sampled(token_ids, self._inputs.token_sources[:num_rows], sampled))
         return run()[:num_rows]
 
     def warm_up(self) -> None:
@@ -164,8 +169,8 @@ class _Inputs:
     """
 
     def __init__(self, max_rows: int, max_pages: int, device: torch.device, *, is_pinned: bool) -> None:
-        self.longs = torch.empty((3, max_rows), dtype=torch.int64, device=device, pin_memory=is_pinned)
-        self.token_ids, self.positions, self.write_slots = self.longs
+        self.longs = torch.empty((4, max_rows), dtype=torch.int64, device=device, pin_memory=is_pinned)
+        self.token_ids, self.token_sources, self.positions, self.write_slots = self.longs
         starts_at = _aligned(max_rows)
         self.table_at = starts_at + _aligned(max_rows + 1)
         size = self.table_at + max_rows * max_pages
@@ -178,6 +183,7 @@ class _Inputs:
     def blank(self) -> None:
         """Make every row one without tokens."""
         self.longs.zero_()
+        self.token_sources.fill_(NO_SOURCE)
         self.write_slots.fill_(NO_SLOT)
         self.ints.zero_()
         self.page_table.fill_(NO_PAGE)
@@ -201,6 +207,7 @@ class _Stage:
         num_rows, num_pages = plan.page_table.shape
         for held, given, padding in (
             (self._host.token_ids, plan.token_ids, 0),
+            (self._host.token_sources, plan.token_sources, NO_SOURCE),
             (self._host.positions, plan.positions, 0),
             (self._host.write_slots, plan.write_slots, NO_SLOT),
             (self._host.lengths, plan.lengths, 0),
@@ -221,6 +228,13 @@ class _Stage:
         inputs.ints[:size].copy_(self._host.ints[:size], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+
+
+def take_sampled(token_ids: torch.Tensor, sources: torch.Tensor, sampled: torch.Tensor | None) -> torch.Tensor:
+    """The step's tokens `[T]`: where `sources [T]` names a place of `sampled`, the token that lies there."""
+    if sampled is None:
+        raise RuntimeError("the plan takes tokens from a sample, and there is none")
+    return torch.where(sources == NO_SOURCE, token_ids, sampled[sources.clamp_min(0)])
 
 
 def _aligned(number: int) -> int:

@@ -2,8 +2,8 @@
 
 A step on one screen (`_step`): the scheduler says which rows compute how many tokens; the plan says in index tensors
 who is who; the isolation check compares the plan with the ledger of owners; the backbone runs; the sampler chooses;
-the outputs of all rows are handed over in one call. Other threads reach the engine through a queue of commands in and
-that one call out.
+the outputs of all rows are handed over in one call. Where steps overlap (`pipeline`), what a step made is looked at
+after the next has been launched. Other threads reach the engine through a queue of commands in and that one call out.
 """
 
 import itertools
@@ -18,17 +18,16 @@ from server.engine.audit import Auditor
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 from server.engine.observer import EngineObserver, StepClock
-from server.engine.plan import StepPlan
+from server.engine.pipeline import DueStep, StepPipeline
 from server.engine.prefix import Residency
 from server.engine.prompt_intake import PromptIntake
 from server.engine.request import FINISH_CANCELLED, FINISH_LENGTH, FINISH_STOP, PromptRef, RowOutput, RowRequest
 from server.engine.residency import PrefixResidency
 from server.engine.results import StepResults
-from server.engine.row import Row, RowState, make_row
+from server.engine.row import Row, make_row
 from server.engine.row_memory import RowMemory
-from server.engine.scheduler import Admission, ScheduledRow, Scheduler
+from server.engine.scheduler import Admission, Scheduler
 from server.engine.status import EngineStatus
-from server.engine.step import plan_step
 from server.engine.warm_up import warm_up
 from server.errors import (
     DrainingError,
@@ -98,6 +97,16 @@ class Engine:
         self._observer = EngineObserver(metrics)
         self._results = StepResults(backbone.eos_token_ids)
         self._auditor = Auditor(backbone, config.audit_share, metrics)
+        # The dense path takes its tokens from the host.
+        overlaps = config.overlaps if config.overlaps is not None else backbone.device.type == "cuda"
+        self._pipeline = StepPipeline(
+            backbone,
+            self._pool,
+            self._results,
+            metrics,
+            self._end_row,
+            overlaps=overlaps and backbone.path == "packed",
+        )
         self._intake = PromptIntake(self._prefixes, self._memory, self._scheduler, self._auditor, self._end_row)
         self._deliver: Deliver = lambda outputs: None
         self._outputs: list[RowOutput] = []
@@ -225,39 +234,25 @@ class Engine:
             self._end_all()
 
     def _step(self) -> bool:
-        """One step. Returns False when there was nothing to do."""
+        """Plan and launch a step, collect the one that is due. Returns False when there was nothing to do."""
         clock = StepClock()
-        scheduled = self._scheduler.schedule()
-        step = self._plan(scheduled)
-        if step is None:
-            return False
-        plan, packed = step
-        clock.planned_s = time.perf_counter()
-        logits = self._backbone.forward(self._pool, plan)
-        clock.forwarded_s = time.perf_counter()
-        for row, output in self._results.collect(plan, packed, logits):
-            self._emit(row, output)
-        for item in packed:
-            # A client's text is offered as soon as it is computed: rows that wait now may begin with it.
-            if item.row.state is RowState.RUNNING and item.num_tokens > 1 and item.row.num_uncomputed <= 1:
-                self._keep_text(item.row)
-        self._observer.step_done(packed, clock)
-        return True
+        planned = self._pipeline.plan(self._scheduler.schedule())
+        clock.planned()
+        due = self._pipeline.launch(*planned, clock) if planned is not None else self._pipeline.take()
+        if due is not None:
+            self._collect(due)
+        return planned is not None or due is not None
 
-    def _plan(self, scheduled: list[ScheduledRow]) -> tuple[StepPlan, list[ScheduledRow]] | None:
-        """A checked plan and its rows in packed order; rows that fail the check end here. None: nothing is left."""
-        while scheduled:
-            plan, packed, violations = plan_step(scheduled, self._pool.ledger)
-            self._metrics.isolation_checks_total.inc(len(packed))
-            if not violations:
-                return plan, packed
-            for violation in violations:
-                row = packed[violation.entry].row
-                self._metrics.isolation_violations_total.inc()
-                logger.critical("isolation violation: row %s: %s", row.row_id, violation.reason)
-                self._end_row(row, error=IsolationError(f"the row was ended: {violation.reason}"))
-            scheduled = [item for item in packed if item.row.state is RowState.RUNNING]
-        return None
+    def _collect(self, step: DueStep) -> None:
+        step.clock.go_on()
+        for row, output in self._results.collect(step.launched):
+            self._emit(row, output)
+        for item in step.launched.rows:
+            # A client's text is offered as soon as it is computed: rows that wait now may begin with it.
+            if item.is_current and item.num_tokens > 1 and item.num_left <= 1:
+                self._keep_text(item.row)
+        step.clock.sampled()
+        self._observer.step_done([item.row for item in step.launched.rows], step.clock)
 
     # --- rows come and go -----------------------------------------------------------------------------------------
 
@@ -300,7 +295,8 @@ class Engine:
         logger.info("row %s gives way: pages are short", row.row_id)
         self._keep_text(row)
         self._memory.release(row)
-        row.num_computed = 0
+        # A token that was sampled for it and that nobody has seen yet is sampled again.
+        row.num_computed = row.num_in_flight = row.num_pending = 0
         row.num_preemptions += 1
         row.pending_prompt_logprobs.clear()
         self._metrics.num_preemptions_total.inc()

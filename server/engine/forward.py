@@ -14,24 +14,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from server.engine.attention import StepContext
-from server.engine.cuda_graphs import Capture, DecodeBuffers, DecodeGraphs
+from server.engine.cuda_graphs import Capture, DecodeBuffers, DecodeGraphs, take_sampled
 from server.engine.kernels.batch import PagedBatch
 from server.engine.kernels.gather import read_columns, write_kv
 from server.engine.kv import KeysValues, KvPool, LayerShape, num_pages_for
-from server.engine.plan import PlanEntry, StepPlan
+from server.engine.plan import NO_SOURCE, IntArray, PlanEntry, StepPlan
+from server.engine.transfers import upload
 
 
 class Forward(Protocol):
-    """Runs a plan: writes the step's keys and values into the pool, returns the logits `[L, vocab_size]`."""
+    """Runs a plan: writes the step's keys and values into the pool, returns the logits `[L, vocab_size]`.
+
+    `sampled` are the tokens of the last sample, on the device, where the plan takes some of them.
+    """
 
     layers: tuple[LayerShape, ...]
 
-    def run(self, pool: KvPool, plan: StepPlan) -> torch.Tensor: ...
+    def run(self, pool: KvPool, plan: StepPlan, sampled: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 class Compiled(Protocol):
@@ -88,18 +91,27 @@ class PackedForward:
         graphs.warm_up()
         self._graphs, self._graphs_pool = graphs, pool
 
-    def run(self, pool: KvPool, plan: StepPlan) -> torch.Tensor:
+    def run(self, pool: KvPool, plan: StepPlan, sampled: torch.Tensor | None = None) -> torch.Tensor:
         if self._graphs is not None and self._graphs_pool is pool and self._graphs.can_replay(plan):
-            return self._graphs.replay(plan)
+            return self._graphs.replay(plan, sampled)
         device = self._model.device
         num_padding = self._num_padding(plan)
-        embeds = embed(self._model, _index(plan.token_ids, num_padding, 0, device))
+        token_ids, sources, positions, logits_tokens = upload(
+            [
+                _padded(plan.token_ids, num_padding, 0),
+                _padded(plan.token_sources, num_padding, NO_SOURCE),
+                _padded(plan.positions, num_padding, 0),
+                _padded(plan.logits_tokens, num_padding, 0),
+            ],
+            device,
+        )
+        if plan.takes_samples:
+            token_ids = take_sampled(token_ids, sources, sampled)
+        embeds = embed(self._model, token_ids)
         for entry, first in zip(plan.entries, plan.query_starts[:-1].tolist(), strict=True):
             if entry.vectors is not None:
                 embeds = embeds.clone()
                 embeds[first : first + entry.num_tokens] = entry.vectors.to(embeds)
-        positions = _index(plan.positions, num_padding, 0, device)
-        logits_tokens = _index(plan.logits_tokens, num_padding, 0, device)
         batch = plan.batch(device, num_padding)
 
         def eager() -> torch.Tensor:
@@ -163,9 +175,8 @@ class PackedForward:
         return layers
 
 
-def _index(array: npt.NDArray[np.int64], num_padding: int, padding: int, device: torch.device) -> torch.Tensor:
-    padded = np.pad(array, (0, num_padding), constant_values=padding) if num_padding else array
-    return torch.from_numpy(padded).to(device, non_blocking=True)
+def _padded(array: IntArray, num_padding: int, padding: int) -> IntArray:
+    return np.pad(array, (0, num_padding), constant_values=padding) if num_padding else array
 
 
 class DenseForward:
@@ -177,7 +188,9 @@ class DenseForward:
         self._takes_positions = "position_ids" in parameters
         self.layers = self._discover_layers()
 
-    def run(self, pool: KvPool, plan: StepPlan) -> torch.Tensor:
+    def run(self, pool: KvPool, plan: StepPlan, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        if plan.takes_samples:
+            raise RuntimeError("the dense path takes its tokens from the host")
         starts = plan.query_starts.tolist()
         decoding = list(range(plan.num_decoding))
         logits_of: dict[int, torch.Tensor] = {}

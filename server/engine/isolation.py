@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.engine.pages import NO_CONTENT, NO_PREFIX, PAGE_SIZE, SHARED, PageLedger, PageNumbers
-from server.engine.plan import NO_PAGE, IntArray, StepPlan
+from server.engine.plan import NO_PAGE, NO_SOURCE, IntArray, StepPlan
 
 _NO_PAGES: PageNumbers = np.zeros(0, dtype=np.int32)
 _NO_INTS: IntArray = np.zeros(0, dtype=np.int64)
@@ -34,6 +34,7 @@ class Claim:
     the page that begins with that prefix's last columns (None: the prefix ends with a page, or there is none).
     `prefix_matches`: that prefix is the one that its request resolved to, and counts users (its prompt may have been
     deleted). `vectors` is what it wants in place of its tokens' embeddings: only a prompt being compiled has any.
+    `awaits_token`: the last of its tokens has been sampled for it and the host does not know it yet.
     """
 
     serial: int
@@ -47,6 +48,7 @@ class Claim:
     tail_page: int | None = None
     prefix_matches: bool = True
     vectors: object | None = None
+    awaits_token: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -61,8 +63,13 @@ class Violation:
     reason: str
 
 
-def check_plan(plan: StepPlan, claims: Sequence[Claim], ledger: PageLedger) -> list[Violation]:
+def check_plan(
+    plan: StepPlan, claims: Sequence[Claim], ledger: PageLedger, sampled_for: IntArray = _NO_INTS
+) -> list[Violation]:
     """Compare the plan with the claims (one an entry, in the plan's order) and the ledger.
+
+    `sampled_for` are the serials of the rows for which the tokens of the last sample were chosen, in the order in which
+    they lie on the device: an entry may take no token but its own row's.
 
     Returns one violation an offending entry, empty when all is well. Vectorised over tokens and pages; takes well
     under a millisecond for a full step.
@@ -72,6 +79,7 @@ def check_plan(plan: StepPlan, claims: Sequence[Claim], ledger: PageLedger) -> l
     checker = _Checker(plan, claims, ledger)
     checker.check_claims()
     checker.check_packing()
+    checker.check_sources(sampled_for)
     if checker.check_page_table():
         checker.check_writes()
     checker.check_logits()
@@ -141,6 +149,7 @@ class _Checker:
                 not np.array_equal(entry.pages, claim.pages)
                 or entry.start_column != claim.start_column
                 or list(entry.token_ids) != list(claim.token_ids)
+                or (entry.source is not None) != claim.awaits_token
                 or entry.vectors is not claim.vectors
             ):
                 self._blame_entry(index, "its entry is another's")
@@ -158,6 +167,23 @@ class _Checker:
         num_decoding = int(np.count_nonzero(self._counts == 1))
         if plan.num_decoding != num_decoding or np.any(self._counts[:num_decoding] != 1):
             self._blame_all("decoding rows and chunks are mixed up")
+
+    def check_sources(self, sampled_for: IntArray) -> None:
+        """A token comes from the last sample exactly where its row awaits one, and is the one chosen for that row."""
+        sources = self._plan.token_sources
+        if len(sources) != self._num_tokens:
+            self._blame_all("the packed batch has another length")
+            return
+        awaited = np.zeros(self._num_tokens, dtype=bool)
+        awaited[self._firsts + self._counts - 1] = [claim.awaits_token for claim in self._claims]
+        is_taken = sources != NO_SOURCE
+        self._blame(self._entry_of[is_taken != awaited], "the token that it awaits is not the one it would take")
+        outside = is_taken & ((sources < 0) | (sources >= len(sampled_for)))
+        self._blame(self._entry_of[outside], "it would take a token that was not sampled")
+        taken = np.flatnonzero(is_taken & ~outside)
+        serials = np.array([claim.serial for claim in self._claims], dtype=np.int64)[self._entry_of[taken]]
+        foreign = sampled_for[sources[taken]] != serials
+        self._blame(self._entry_of[taken[foreign]], "it would take another row's token")
 
     def check_page_table(self) -> bool:
         """Each row reads exactly its own pages, in their order. False: the table cannot even be looked at."""

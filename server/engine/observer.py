@@ -6,17 +6,38 @@ from dataclasses import dataclass, field
 
 from server.engine.request import RowOutput
 from server.engine.row import Row
-from server.engine.scheduler import ScheduledRow
 from server.metrics import Metrics
 
 
 @dataclass(slots=True)
 class StepClock:
-    """When the phases of one step ended, on the performance counter."""
+    """How long the host took over each phase of one step. It may have done another step's between two of them.
 
-    began_s: float = field(default_factory=time.perf_counter)
-    planned_s: float = 0.0
-    forwarded_s: float = 0.0
+    On a device of its own, `forward` is the time to hand the work over, and waiting for it is part of `sample`.
+    """
+
+    plan_s: float = 0.0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    _since_s: float = field(default_factory=time.perf_counter)
+
+    def planned(self) -> None:
+        self.plan_s = self._lap()
+
+    def forwarded(self) -> None:
+        self.forward_s = self._lap()
+
+    def sampled(self) -> None:
+        """The sample has been asked for, or taken in: both count."""
+        self.sample_s += self._lap()
+
+    def go_on(self) -> None:
+        """What happened since the last phase was not this step's."""
+        self._lap()
+
+    def _lap(self) -> float:
+        before, self._since_s = self._since_s, time.perf_counter()
+        return self._since_s - before
 
 
 class EngineObserver:
@@ -43,14 +64,14 @@ class EngineObserver:
             self._metrics.request_success_total.labels(finish_reason=output.finish_reason).inc()
             self._metrics.e2e_request_latency_seconds.observe(time.monotonic() - row.arrived_at_s)
 
-    def step_done(self, packed: Sequence[ScheduledRow], clock: StepClock) -> None:
-        prompts = {item.row.request.prompt.prefix_key for item in packed if item.row.request.prompt is not None}
-        self._metrics.batch_rows.observe(len(packed))
+    def step_done(self, rows: Sequence[Row], clock: StepClock) -> None:
+        prompts = {row.request.prompt.prefix_key for row in rows if row.request.prompt is not None}
+        self._metrics.batch_rows.observe(len(rows))
         self._metrics.batch_distinct_prompts.observe(len(prompts))
         phases = self._metrics.step_seconds
-        phases.labels(phase="plan").observe(clock.planned_s - clock.began_s)
-        phases.labels(phase="forward").observe(clock.forwarded_s - clock.planned_s)
-        phases.labels(phase="sample").observe(time.perf_counter() - clock.forwarded_s)
+        phases.labels(phase="plan").observe(clock.plan_s)
+        phases.labels(phase="forward").observe(clock.forward_s)
+        phases.labels(phase="sample").observe(clock.sample_s)
 
     def outputs_delivered(self, seconds: float) -> None:
         self._metrics.step_seconds.labels(phase="deliver").observe(seconds)

@@ -19,11 +19,15 @@ import torch
 
 from server.engine.kernels.batch import NO_SLOT, PagedBatch
 from server.engine.pages import PAGE_SIZE, PageNumbers
+from server.engine.transfers import upload
 
 IntArray = npt.NDArray[np.int64]
 
 NO_PAGE = -1
 """What stands in a page table behind a row's last page."""
+
+NO_SOURCE = -1
+"""The `token_sources` entry of a token that the host knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class PlanEntry:
     Computes `token_ids` at columns `start_column, start_column + 1, ...` of the row whose pages are `pages`. With
     `vectors` (`[n, hidden_size]`) the token ids are placeholders and the vectors take the place of the embeddings.
     `logits_from` is the index within the segment of the first token whose logits are wanted (`len(token_ids)`: none).
+    `source` is set when only the device knows the segment's last token yet: its place in the sample of the step before.
+    Its token id is a placeholder then.
     """
 
     pages: PageNumbers
@@ -40,6 +46,7 @@ class PlanEntry:
     token_ids: Sequence[int]
     logits_from: int
     vectors: torch.Tensor | None = None
+    source: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -57,11 +64,13 @@ class StepPlan:
 
     `entries` is in packed order; entry r is row r of the batch and owns tokens `query_starts[r] .. query_starts[r+1]
     - 1`. `logits_tokens[i]` is the token whose logits are row i of the result, and belongs to entry
-    `logits_entries[i]`. The meaning of the other arrays is that of `PagedBatch`.
+    `logits_entries[i]`. Token t is `token_ids[t]`, unless `token_sources[t]` says at which place of the last sample the
+    device finds it. The meaning of the other arrays is that of `PagedBatch`.
     """
 
     entries: list[PlanEntry]
     token_ids: IntArray  # [T]
+    token_sources: IntArray  # [T]
     positions: IntArray  # [T]
     query_starts: npt.NDArray[np.int32]  # [R + 1]
     lengths: npt.NDArray[np.int32]  # [R]
@@ -75,6 +84,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def takes_samples(self) -> bool:
+        """Whether there are tokens that only the device knows yet."""
+        return bool((self.token_sources != NO_SOURCE).any())
+
     def batch(self, device: torch.device, num_padding: int = 0) -> PagedBatch:
         """The plan as the attention kernels take it, on `device`, with so many padding tokens behind its own.
 
@@ -84,11 +98,14 @@ class StepPlan:
         write_slots = self.write_slots
         if num_padding:
             write_slots = np.pad(write_slots, (0, num_padding), constant_values=NO_SLOT)
+        page_table, lengths, query_starts, slots = upload(
+            [self.page_table, self.lengths, self.query_starts, write_slots], device
+        )
         return PagedBatch(
-            page_table=_tensor(self.page_table, device),
-            lengths=_tensor(self.lengths, device),
-            query_starts=_tensor(self.query_starts, device),
-            write_slots=_tensor(write_slots, device),
+            page_table=page_table,
+            lengths=lengths,
+            query_starts=query_starts,
+            write_slots=slots,
             num_decoding=self.num_decoding,
             max_count=int(counts.max()),
             max_length=int(self.lengths.max()),
@@ -118,9 +135,12 @@ def build_plan(entries: Sequence[PlanEntry]) -> tuple[StepPlan, list[int]]:
     pages = page_table[token_entries, columns // PAGE_SIZE].astype(np.int64)
     logits_from = np.array([entry.logits_from for entry in packed], dtype=np.int64)
     logits_tokens = np.flatnonzero(offsets >= logits_from[token_entries])
+    token_sources = np.full(len(columns), NO_SOURCE, dtype=np.int64)
+    token_sources[query_starts[1:] - 1] = [NO_SOURCE if entry.source is None else entry.source for entry in packed]
     plan = StepPlan(
         entries=packed,
         token_ids=np.concatenate([np.asarray(entry.token_ids, dtype=np.int64) for entry in packed]),
+        token_sources=token_sources,
         positions=columns,
         query_starts=query_starts,
         lengths=(starts + counts).astype(np.int32),
@@ -140,8 +160,3 @@ def _page_table(packed: Sequence[PlanEntry]) -> npt.NDArray[np.int32]:
     for row, (entry, count) in enumerate(zip(packed, needed, strict=True)):
         table[row, :count] = entry.pages[:count]
     return table
-
-
-def _tensor(array: npt.NDArray[np.int32] | IntArray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)

@@ -66,6 +66,7 @@ class RowRequest:
     """One sequence to generate. `row_id` is unique among all rows of the server's life.
 
     `token_ids` are the client's tokens (no virtual ones), at least one. `prompt` is None for the bare backbone.
+    `priority` orders the rows of one tenant that wait: lower is sooner.
     """
 
     row_id: str
@@ -73,6 +74,7 @@ class RowRequest:
     token_ids: tuple[int, ...]
     prompt: PromptRef | None
     sampling: SamplingParams
+    priority: int = 0
 
     def require_length(self, max_model_len: int) -> None:
         """Raises ContextLengthExceededError when virtual, client and new tokens together are more than allowed."""

@@ -29,6 +29,10 @@ class Row:
     `num_cached` those of the client's that were found there when the row was first admitted. A preempted row gives its
     pages back, waits, and computes its tokens again; `prefix` and the digest in `request.prompt` are held to the end
     all the same, whatever is rolled out meanwhile. A row that waits for nothing but pages holds its prefix already.
+
+    A step may have been launched whose results are not collected yet. `num_computed` counts its tokens already, and
+    `num_in_flight` of them are its. `num_pending` tokens have been sampled on the device and are not in `token_ids`
+    yet; the latest of them is number `sample_place` of the sample that it comes from.
     """
 
     request: RowRequest
@@ -38,6 +42,9 @@ class Row:
     state: RowState = RowState.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_in_flight: int = 0
+    num_pending: int = 0
+    sample_place: int = 0
     pages: RowPages | None = None
     num_cached: int = 0
     num_preemptions: int = 0
@@ -70,7 +77,19 @@ class Row:
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        """Tokens that a next step may compute, the one that only the device knows among them.
+
+        None when that one is the row's last: nothing comes after it.
+        """
+        num_tokens = len(self.token_ids) + self.num_pending
+        if self.num_pending and num_tokens - len(self.request.token_ids) >= self.request.sampling.max_tokens:
+            return 0
+        return num_tokens - self.num_computed
+
+    @property
+    def num_settled_columns(self) -> int:
+        """Columns whose step has been collected, and found sound."""
+        return self.next_column - self.num_in_flight
 
     @property
     def num_pages(self) -> int:
@@ -98,8 +117,12 @@ class Row:
 
     def check_invariants(self) -> None:
         """Raises RuntimeError when the row contradicts itself."""
-        if not 0 <= self.num_computed <= len(self.token_ids):
+        if not 0 <= self.num_computed <= len(self.token_ids) + self.num_pending:
             raise RuntimeError(f"row {self.row_id}: {self.num_computed} computed of {len(self.token_ids)}")
+        if not 0 <= self.num_in_flight <= self.num_computed or not 0 <= self.num_pending <= 1:
+            raise RuntimeError(
+                f"row {self.row_id} has {self.num_in_flight} tokens in flight, {self.num_pending} pending"
+            )
         if self.state is RowState.RUNNING and self.pages is None:
             raise RuntimeError(f"row {self.row_id} runs without pages")
         if self.state is not RowState.RUNNING and self.pages is not None:

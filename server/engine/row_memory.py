@@ -90,12 +90,13 @@ class RowMemory:
     def keep_text(self, row: Row) -> None:
         """Offer the row's full pages of computed tokens to later rows of its tenant and prompt.
 
-        Nothing is kept of a row whose prompt has been deleted. Raises RuntimeError, and keeps nothing, when a page is
-        not the row's or holds another text.
+        What a step computes that is not collected yet is left out: its logits may turn out not to be finite, and it
+        writes to the pages behind. Nothing is kept of a row whose prompt has been deleted. Raises RuntimeError, and
+        keeps nothing, when a page is not the row's or holds another text.
         """
         pages = self._pages_of(row)
         first = row.num_virtual_tokens // PAGE_SIZE
-        num_full = row.next_column // PAGE_SIZE
+        num_full = row.num_settled_columns // PAGE_SIZE
         is_deleted = row.prefix is not None and not row.prefix.is_alive
         if not self._keeps_texts or is_deleted or num_full <= first:
             return
@@ -110,7 +111,11 @@ class RowMemory:
         pages.mark_shared(first, shared)
 
     def release(self, row: Row) -> None:
-        """Take the row's pages back: what the ledger says is its own, whatever the row itself says."""
+        """Take the row's pages back: what the ledger says is its own, whatever the row itself says.
+
+        A step that was launched with the row may still be reading and writing them. Whoever is given them next has its
+        work queued on the device behind that step, so that it sees and leaves what it would if the step were done.
+        """
         pages, row.pages = self._pages_of(row), None
         ledger = self._pool.ledger
         held = pages.held

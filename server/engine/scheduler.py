@@ -2,28 +2,45 @@
 
 There is one token budget a step and no split between prefill and decode (as in vLLM's v1 scheduler): running rows
 come first and keep their place, a row with more than one token to compute gets a chunk, and what is left of the budget
-admits waiting rows, tenants in turn.
+admits waiting rows in the order of `waiting`.
+
+Whoever has more rows than the batch has places would fill all of them, and others would wait for a whole generation. So
+a tenant is entitled to a place at once when nothing of its runs, or all that it has is no more than its fair share of
+the places. Its new rows go first, in an express step: one that leaves out the rows of tenants that are not entitled, so
+that the first token does not wait for their tokens either. If need be the youngest row of the tenant that runs most
+gives way. Between two express steps there is an ordinary one, and for a while after one ordinary steps are kept short,
+by reading little of the prompts of tenants that are not entitled: whoever comes back finds a step under way, and waits
+for its end.
 
 A row holds pages for what it has computed, not for what it may become. When a running row needs pages and there are
-none, another is preempted: the youngest of the tenant that holds most. It waits at the head of its tenant's queue and
-is computed again later. Why this always comes to an end:
+none, another is preempted: the youngest of the tenant that holds most. It waits before the younger ones of its tenant
+and is computed again later. Why this always comes to an end:
 
-- The oldest running row is never preempted and computes at least one token in every step, so it ends. In the
-  deterministic mode it does so in every step that decodes, and few chunks come between two of those: after a
-  preemption nobody is admitted before the next.
-- While a row that is next to be admitted finds no room nobody is admitted, so the running rows end one by one, oldest
-  first, and at the latest when none is left there is room for it (the engine guarantees that for any row alone).
-- Tenants take turns at being next, and within a tenant the oldest is, preempted rows among them. So every row comes to
-  be the oldest that is left, and then runs to its end without giving way once more.
+- The oldest running row is never preempted and computes at least one token in every ordinary step, which is at least
+  every second one, so it ends. In the deterministic mode it does so in every step that decodes, and few chunks come
+  between two of those: after a preemption nobody is admitted before the next.
+- While a row that is next to be admitted finds no room nobody is admitted, but for rows entitled to a place that find
+  room, so the running rows end one by one, oldest first, and at the latest when none is left there is room for it (the
+  engine guarantees that for any row alone).
+- Another gives way only for a row that has computed nothing yet, and each row is that once.
+- Every waiting tenant's turn comes, since each row that is computed is charged to its tenant's balance; and within a
+  tenant finitely many rows come before any. So every row comes to be the oldest that is left, and then runs to its end
+  without giving way once more.
 """
 
 import enum
-from bisect import insort
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from server.engine.row import Row, RowState
+from server.engine.waiting import DEFAULT_QUANTUM, WaitingRows
+
+# For so many steps after an express step, what tenants that are not entitled generate and read in one is kept to part
+# of a chunk; what they generate comes first, and this much they may read however much that is.
+NUM_CAUTIOUS_STEPS = 64
+CAUTIOUS_SHARE = 5
+MIN_CAUTIOUS_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,46 +62,6 @@ class Admission(enum.Enum):
     ADMITTED = "admitted"
     PREFIX_NOT_READY = "prefix not ready"
     NO_ROOM = "no room"
-
-
-class WaitingRows:
-    """Waiting rows, oldest first within a tenant, tenants in turn."""
-
-    def __init__(self) -> None:
-        self._by_tenant: OrderedDict[str, list[Row]] = OrderedDict()
-        self._num_rows = 0
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __iter__(self) -> Iterator[Row]:
-        """Rows in the order in which they would be admitted if nothing held any of them back.
-
-        Lazy, so that a look at the first of very many costs little; rows may be removed meanwhile.
-        """
-        queues = [iter(tuple(rows)) for rows in self._by_tenant.values()]
-        while queues:
-            left = []
-            for queue in queues:
-                row = next(queue, None)
-                if row is not None:
-                    left.append(queue)
-                    yield row
-            queues = left
-
-    def add(self, row: Row) -> None:
-        insort(self._by_tenant.setdefault(row.request.tenant, []), row, key=lambda r: r.serial)
-        self._num_rows += 1
-
-    def remove(self, row: Row) -> None:
-        """Take the row out and put its tenant at the end of the turn."""
-        tenant = row.request.tenant
-        self._by_tenant[tenant].remove(row)
-        self._num_rows -= 1
-        if self._by_tenant[tenant]:
-            self._by_tenant.move_to_end(tenant)
-        else:
-            del self._by_tenant[tenant]
 
 
 class Scheduler:
@@ -116,13 +93,14 @@ class Scheduler:
         preempt: Callable[[Row], None],
         max_cold_prompts: int | None = None,
         is_deterministic: bool = False,
+        quantum: int = DEFAULT_QUANTUM,
     ) -> None:
         """Raises ValueError when a step could not hold every running row, or not a whole chunk where it must."""
         if max_step_tokens < max_rows:
             raise ValueError(f"max_step_tokens ({max_step_tokens}) must be at least max_rows ({max_rows})")
         if is_deterministic and max_step_tokens < prefill_chunk:
             raise ValueError(f"max_step_tokens ({max_step_tokens}) must be at least prefill_chunk ({prefill_chunk})")
-        self.waiting = WaitingRows()
+        self.waiting = WaitingRows(quantum)
         self.running: list[Row] = []
         self.num_preemptions = 0
         self._max_rows = max_rows
@@ -134,9 +112,13 @@ class Scheduler:
         self._max_cold_prompts = max_cold_prompts if max_cold_prompts is not None else 2 * max_rows
         self._is_deterministic = is_deterministic
         self._owes_decode_step = False
+        self._owes_ordinary_step = False
+        self._num_cautious_steps = 0
+        self._quantum = quantum
+        self._num_charged: dict[Row, int] = {}  # how far each row's tokens have been charged
 
     def add(self, row: Row) -> None:
-        self.waiting.add(row)
+        self.waiting.add(row, {other.request.tenant for other in self.running})
 
     def remove(self, row: Row) -> None:
         """Take a row out, wherever it is. The caller frees its pages and its prefix."""
@@ -145,13 +127,15 @@ class Scheduler:
         elif row.state is RowState.RUNNING:
             self.running.remove(row)
         row.state = RowState.FINISHED
+        self._num_charged.pop(row, None)
 
     def clear(self) -> None:
         """Forget all rows: the engine has ended."""
         for row in [*self.running, *self.waiting]:
             row.state = RowState.FINISHED
         self.running.clear()
-        self.waiting = WaitingRows()
+        self.waiting = WaitingRows(self._quantum)
+        self._num_charged.clear()
 
     def schedule(self) -> list[ScheduledRow]:
         """The rows of the next step, each with pages for its tokens. Empty when nothing can run.
@@ -164,9 +148,13 @@ class Scheduler:
             if not step.num_tokens_of:
                 self._schedule_decodes(step)
         else:
-            self._schedule_running(step)
-            if not step.has_preempted:
-                self._schedule_waiting(step)
+            shares = _Shares(self.running, self.waiting, self._max_rows)
+            if not self._schedule_express(step, shares):
+                self._schedule_running(step, shares)
+                if not step.has_preempted and not shares.has_made_way:
+                    self._schedule_waiting(step)
+        for row, num_tokens in step.num_tokens_of.items():
+            self._charge(row, num_tokens)
         return [ScheduledRow(row, num_tokens) for row, num_tokens in step.num_tokens_of.items()]
 
     def check_invariants(self) -> None:
@@ -185,17 +173,70 @@ class Scheduler:
                 raise RuntimeError(f"row {row.row_id} is {row.state.value} among the waiting")
             row.check_invariants()
 
-    def _schedule_running(self, step: "_Step") -> None:
+    def _schedule_express(self, step: "_Step", shares: "_Shares") -> bool:
+        """First tokens of entitled tenants, without the rows of the others; False when there is nothing of the kind."""
+        may_be_express = not self._owes_ordinary_step
+        self._owes_ordinary_step = False
+        self._num_cautious_steps = max(0, self._num_cautious_steps - 1)
+        entitled = {tenant for tenant in shares.tenants if shares.is_entitled(tenant)}
+        if not may_be_express or not entitled or entitled == shares.tenants:
+            return False
+        rows = [row for row in self.running if row.request.tenant in entitled]
+        rows.sort(key=lambda r: (r.num_uncomputed > 1, r.serial))
+        budget = step.budget - len(rows)
+        for row in self._admissible(budget, self.waiting.of_tenants(entitled), shares):
+            num_tokens = min(row.num_uncomputed, self._prefill_chunk, budget)
+            step.add(row, num_tokens)
+            budget -= num_tokens
+            if budget <= 0:
+                break
+        if not step.num_tokens_of and not any(self._is_near_first_token(row) for row in rows):
+            return False
+        for row in rows:
+            num_tokens = min(row.num_uncomputed, self._prefill_chunk, step.budget)
+            if row.state is RowState.RUNNING and num_tokens > 0 and self._try_extend(row, num_tokens):
+                step.add(row, num_tokens)
+        self._owes_ordinary_step = bool(step.num_tokens_of)
+        if self._owes_ordinary_step:
+            self._num_cautious_steps = NUM_CAUTIOUS_STEPS
+        return self._owes_ordinary_step
+
+    def _is_near_first_token(self, row: Row) -> bool:
+        """A long prompt is many steps away from it: others need not wait for that."""
+        return row.num_prompt_tokens - self._prefill_chunk <= row.num_computed < row.num_prompt_tokens
+
+    def _schedule_running(self, step: "_Step", shares: "_Shares") -> None:
+        step.num_cautious_tokens = self._num_cautious_tokens(shares)
         # Rows that decode first: a long prompt must not push the others' next token out of the step. Then the oldest,
         # which must get on.
         for row in sorted(self.running, key=lambda r: (r.num_uncomputed > 1, r.serial)):
-            self._take_in(step, row, min(row.num_uncomputed, self._prefill_chunk, step.budget))
+            num_tokens = min(row.num_uncomputed, self._prefill_chunk, step.budget)
+            if num_tokens > 1 and not shares.is_entitled(row.request.tenant):
+                num_tokens = self._with_caution(step, num_tokens)
+            self._take_in(step, row, num_tokens)
 
     def _schedule_waiting(self, step: "_Step") -> None:
-        for row in self._admissible(step.budget):
-            step.add(row, min(row.num_uncomputed, self._prefill_chunk, step.budget))
-            if step.budget <= 0:
+        budget = self._with_caution(step, step.budget)
+        for row in self._admissible(budget, self.waiting):
+            num_tokens = min(row.num_uncomputed, self._prefill_chunk, budget)
+            step.add(row, num_tokens)
+            budget -= num_tokens
+            if budget <= 0:
                 return
+
+    def _with_caution(self, step: "_Step", num_tokens: int) -> int:
+        """What of these tokens of prompts the step should read, if it comes soon after an express step."""
+        if not self._num_cautious_steps:
+            return num_tokens
+        allowed = min(num_tokens, step.num_cautious_tokens)
+        step.num_cautious_tokens -= allowed
+        return allowed
+
+    def _num_cautious_tokens(self, shares: "_Shares") -> int:
+        """How much a short step may read of the prompts of tenants that are not entitled to a place."""
+        num_decoding = sum(r.num_uncomputed == 1 and not shares.is_entitled(r.request.tenant) for r in self.running)
+        least = min(MIN_CAUTIOUS_TOKENS, self._prefill_chunk)
+        return max(least, self._prefill_chunk // CAUTIOUS_SHARE - num_decoding)
 
     def _schedule_chunk(self, step: "_Step") -> None:
         """One chunk of the row that has client tokens to compute (one at a time runs), else of the next that waits."""
@@ -205,7 +246,7 @@ class Scheduler:
                 return
         # Two rows that push each other out while they compute their chunks would keep all others from decoding.
         if not self.running or not self._owes_decode_step:
-            for row in self._admissible(step.budget):
+            for row in self._admissible(step.budget, self.waiting):
                 step.add(row, self._chunk_of(row))
                 return
 
@@ -213,7 +254,7 @@ class Scheduler:
         self._owes_decode_step = False
         for row in sorted(self.running, key=lambda r: r.serial):
             if row.num_computed >= row.num_prompt_tokens:
-                self._take_in(step, row, 1)
+                self._take_in(step, row, min(row.num_uncomputed, 1))
 
     def _chunk_of(self, row: Row) -> int:
         """Up to the next bound of a chunk, or to the end of the client's tokens."""
@@ -229,13 +270,38 @@ class Scheduler:
             victim = self._victim()
             if victim is None:
                 raise RuntimeError(f"row {row.row_id} has found no room for {num_tokens} tokens although it is alone")
-            self.running.remove(victim)
-            self._preempt(victim)
-            victim.state = RowState.WAITING
-            self.waiting.add(victim)
-            self.num_preemptions += 1
+            self._send_back(victim)
             self._owes_decode_step = True
             step.drop(victim)
+
+    def _send_back(self, row: Row) -> None:
+        """Preempt a running row."""
+        self.running.remove(row)
+        self._preempt(row)
+        row.state = RowState.WAITING
+        self.waiting.add(row, {other.request.tenant for other in self.running})
+        self.num_preemptions += 1
+
+    def _can_make_way(self, row: Row, shares: "_Shares | None") -> bool:
+        """Whether the tenant that runs most gives up a place for this row; not for one that has given way itself."""
+        if shares is None or row in self._num_charged or not shares.is_entitled(row.request.tenant):
+            return False
+        return shares.largest[0] >= shares.num_running[row.request.tenant] + 2
+
+    def _make_way(self, shares: "_Shares") -> None:
+        """Preempt the youngest row of the tenant that runs most. It runs two at least: the oldest of all is another."""
+        tenant = shares.largest[1]
+        self._send_back(max((r for r in self.running if r.request.tenant == tenant), key=lambda r: r.serial))
+        shares.num_running[tenant] -= 1
+        shares.has_made_way = True
+
+    def _charge(self, row: Row, num_tokens: int) -> None:
+        """To the row's tenant, for those of its next `num_tokens` tokens that it has not computed before."""
+        end = row.num_computed + num_tokens
+        num_new = end - max(row.num_computed, self._num_charged.get(row, 0))
+        if num_new > 0:
+            self._num_charged[row] = end
+            self.waiting.charge(row.request.tenant, num_new)
 
     def _victim(self) -> Row | None:
         """The youngest row, but not the oldest of all, of the tenant that holds most pages among those that have one.
@@ -249,18 +315,26 @@ class Scheduler:
         others = (row for row in self.running if row is not oldest)
         return max(others, key=lambda r: (num_pages_of[r.request.tenant], r.serial), default=None)
 
-    def _admissible(self, budget: int) -> Iterator[Row]:
-        if budget <= 0 or len(self.running) >= self._max_rows:
+    def _admissible(self, budget: int, rows: Iterable[Row], shares: "_Shares | None" = None) -> Iterator[Row]:
+        """Admits of these waiting rows what may be; with `shares`, others give way for rows entitled to a place."""
+        if budget <= 0 or (shares is None and len(self.running) >= self._max_rows):
             return
         not_ready: set[str] = set()  # many rows of one cold task count as one
-        for row in self.waiting:
+        for row in rows:
+            if shares is not None and not shares.is_entitled(row.request.tenant):
+                continue  # it has got its place; the rest of its rows wait for their turn
             prompt = row.request.prompt
             key = prompt.prefix_key if prompt is not None else row.row_id
             if key in not_ready:
                 continue
-            if len(not_ready) >= self._max_cold_prompts or len(self.running) >= self._max_rows:
+            if len(not_ready) >= self._max_cold_prompts:
+                return
+            if len(self.running) >= self._max_rows and not self._can_make_way(row, shares):
                 return
             admission = self._try_admit(row)
+            while admission is Admission.NO_ROOM and shares is not None and self._can_make_way(row, shares):
+                self._make_way(shares)
+                admission = self._try_admit(row)
             if admission is Admission.NO_ROOM:
                 if not self.running:
                     raise RuntimeError(f"row {row.row_id} has found no room although nothing runs")
@@ -268,10 +342,33 @@ class Scheduler:
             if admission is Admission.PREFIX_NOT_READY:
                 not_ready.add(key)
                 continue
+            if len(self.running) >= self._max_rows and shares is not None:
+                self._make_way(shares)
             self.waiting.remove(row)
             row.state = RowState.RUNNING
             self.running.append(row)
+            if shares is not None:
+                shares.num_running[row.request.tenant] += 1
             yield row
+
+
+class _Shares:
+    """Who has how many rows, and who is entitled to a place at once."""
+
+    def __init__(self, running: Collection[Row], waiting: WaitingRows, max_rows: int) -> None:
+        self.num_running = Counter(row.request.tenant for row in running)
+        self.tenants = {*self.num_running, *waiting.tenants}
+        self.has_made_way = False
+        share = max(1, max_rows // max(1, len(self.tenants)))
+        self._is_small = {t for t in self.tenants if self.num_running[t] + waiting.num_rows_of(t) <= share}
+
+    @property
+    def largest(self) -> tuple[int, str]:
+        """How many rows the tenant runs that runs most of those not entitled to a place, and which it is."""
+        return max(((n, t) for t, n in self.num_running.items() if not self.is_entitled(t)), default=(0, ""))
+
+    def is_entitled(self, tenant: str) -> bool:
+        return tenant in self._is_small or not self.num_running[tenant]
 
 
 class _Step:
@@ -280,6 +377,7 @@ class _Step:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.num_tokens_of: dict[Row, int] = {}  # in the order in which rows were taken in
+        self.num_cautious_tokens = 0  # what a step that is kept short may still read
         self.has_preempted = False
 
     def add(self, row: Row, num_tokens: int) -> None:

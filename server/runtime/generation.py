@@ -14,6 +14,8 @@ from server.engine.request import PromptRef, RowRequest, SamplingParams
 from server.errors import ContextLengthExceededError, InvalidRequestError
 from server.runtime.tokens import TokenCodec
 
+USUAL_ANSWER_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
@@ -21,6 +23,8 @@ class GenerationSpec:
 
     `prompts[i]` is text or token ids and is answered by the task that `references[i]` names; the two are as long as
     each other and not empty. `sampling.seed` is the request's seed or None; each row gets one of its own from it.
+    With `fills_context`, `sampling.max_tokens` is only a bound: a row may fill what its prompt leaves of the backbone's
+    length. `param` is the field of the client's that errors about the prompt name.
     """
 
     prompts: tuple[str | tuple[int, ...], ...]
@@ -28,6 +32,9 @@ class GenerationSpec:
     n: int
     sampling: SamplingParams
     add_special_tokens: bool = True
+    fills_context: bool = False
+    priority: int = 0
+    param: str = "prompt"
 
     @property
     def num_rows(self) -> int:
@@ -51,18 +58,28 @@ class GenerationItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """Rows ready for the engine: row `item * n + j` is sample j of that item."""
+    """Rows ready for the engine: row `item * n + j` is sample j of that item.
+
+    With `fills_context` the client set no bound on new tokens: the rows' own is all that there is room for.
+    """
 
     generation_id: str
     tenant: str
     items: tuple[GenerationItem, ...]
     n: int
     rows: tuple[RowRequest, ...]
+    fills_context: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
         """The client's tokens, an item's counted once however many samples it has."""
         return sum(len(item.token_ids) for item in self.items)
+
+    @property
+    def num_expected_tokens(self) -> int:
+        """New tokens to reckon with beforehand: all that may come; a usual answer where the client set no bound."""
+        bounds = (row.sampling.max_tokens for row in self.rows)
+        return sum(min(bound, USUAL_ANSWER_TOKENS) if self.fills_context else bound for bound in bounds)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -83,6 +100,21 @@ def derive_seed(seed: int, item: int, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def check_budget(spec: GenerationSpec, *, max_tokens: int, max_rows: int) -> None:
+    """Raises InvalidRequestError for a request that asks for more than one request may have."""
+    num_tokens = spec.num_rows * spec.sampling.max_tokens
+    if num_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"{len(spec.prompts)} prompts × n={spec.n} × max_tokens={spec.sampling.max_tokens} is {num_tokens} new "
+            f"tokens; one request may ask for {max_tokens}.",
+            param="max_tokens",
+        )
+    if spec.num_rows > max_rows:
+        raise InvalidRequestError(
+            f"The request has {spec.num_rows} sequences; one request may have {max_rows}.", param="n"
+        )
+
+
 def tokenize(spec: GenerationSpec, codec: TokenCodec) -> tuple[tuple[int, ...], ...]:
     """The token ids of each item. A text that several items share is tokenised once. Raises InvalidRequestError."""
     encoded: dict[str, tuple[int, ...]] = {}
@@ -93,12 +125,14 @@ def tokenize(spec: GenerationSpec, codec: TokenCodec) -> tuple[tuple[int, ...], 
             continue
         if prompt not in encoded:
             encoded[prompt] = codec.encode(prompt, add_special_tokens=spec.add_special_tokens)
-            _check_encoded(encoded[prompt], codec.vocab_size, "prompt" if len(spec.prompts) == 1 else f"prompt.{index}")
+            param = spec.param if len(spec.prompts) == 1 else f"{spec.param}.{index}"
+            check_encoded(encoded[prompt], codec.vocab_size, param)
         token_ids.append(encoded[prompt])
     return tuple(token_ids)
 
 
-def _check_encoded(token_ids: tuple[int, ...], vocab_size: int, param: str) -> None:
+def check_encoded(token_ids: tuple[int, ...], vocab_size: int, param: str) -> None:
+    """Raises InvalidRequestError unless the backbone can take what its tokenizer made of a text."""
     if not token_ids:
         raise InvalidRequestError("The prompt has no tokens.", param=param)
     # A tokenizer may know added tokens for which the backbone has no embedding.
@@ -126,7 +160,7 @@ def make_generation(
     rows: list[RowRequest] = []
     for index, (prompt, reference, ids) in enumerate(zip(spec.prompts, spec.references, token_ids, strict=True)):
         ref = prompts[reference]
-        check_length(len(ids), ref.num_virtual_tokens if ref else 0, spec.sampling.max_tokens, max_model_len)
+        sampling = _fit(spec, len(ids), ref.num_virtual_tokens if ref else 0, max_model_len)
         text = prompt if isinstance(prompt, str) else None
         items.append(GenerationItem(reference=reference, text=text, token_ids=ids, prompt=ref))
         for sample in range(spec.n):
@@ -136,14 +170,36 @@ def make_generation(
                     tenant=tenant,
                     token_ids=ids,
                     prompt=ref,
-                    sampling=replace(spec.sampling, seed=derive_seed(base_seed, index, sample)),
+                    sampling=replace(sampling, seed=derive_seed(base_seed, index, sample)),
+                    priority=spec.priority,
                 )
             )
-    return Generation(generation_id=generation_id, tenant=tenant, items=tuple(items), n=spec.n, rows=tuple(rows))
+    return Generation(
+        generation_id=generation_id,
+        tenant=tenant,
+        items=tuple(items),
+        n=spec.n,
+        rows=tuple(rows),
+        fills_context=spec.fills_context,
+    )
 
 
-def check_length(num_tokens: int, num_virtual_tokens: int, max_tokens: int, max_model_len: int) -> None:
-    """Raises ContextLengthExceededError unless all of it fits."""
+def _fit(spec: GenerationSpec, num_tokens: int, num_virtual_tokens: int, max_model_len: int) -> SamplingParams:
+    """The sampling of an item of so many tokens. Raises ContextLengthExceededError when it does not fit."""
+    sampling = spec.sampling
+    num_needed = sampling.max_tokens
+    if spec.fills_context:
+        num_left = max(max_model_len - num_tokens - num_virtual_tokens, 1)
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, num_left))
+        num_needed = max(sampling.max_tokens, sampling.min_tokens)
+    check_length(num_tokens, num_virtual_tokens, num_needed, max_model_len, spec.param)
+    return sampling
+
+
+def check_length(
+    num_tokens: int, num_virtual_tokens: int, max_tokens: int, max_model_len: int, param: str = "prompt"
+) -> None:
+    """Raises ContextLengthExceededError unless all of it fits; `param` names the field that the tokens came from."""
     total = num_tokens + num_virtual_tokens + max_tokens
     if total <= max_model_len:
         return
@@ -153,5 +209,5 @@ def check_length(num_tokens: int, num_virtual_tokens: int, max_tokens: int, max_
         f"This model's maximum context length is {max_model_len} tokens. However, you requested {total} tokens "
         f"({num_tokens} in the prompt{virtual}, {max_tokens} in the completion). Please reduce the length of the "
         "prompt or completion.",
-        param="max_tokens" if fits_alone else "prompt",
+        param="max_tokens" if fits_alone else param,
     )

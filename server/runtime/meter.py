@@ -7,7 +7,7 @@ numbers of its tasks. Refuses to know Prometheus: the latencies of rows are the 
 import time
 from collections.abc import Callable
 
-from server.engine.request import FINISH_CANCELLED, FINISH_ERROR, RowOutput
+from server.engine.request import FINISH_CANCELLED, FINISH_ERROR, PromptRef, RowOutput
 from server.runtime.generation import Generation
 from server.runtime.stats import TaskKey, TaskStatsTable, TaskUse
 
@@ -29,6 +29,10 @@ class RequestMeter:
         self.cached_tokens = 0
         """Of the client's tokens, those whose keys and values were kept from earlier rows."""
         self.e2e_s: float | None = None
+
+    @property
+    def tenant(self) -> str:
+        return self._generation.tenant
 
     @property
     def completion_tokens(self) -> int:
@@ -75,6 +79,14 @@ class RequestMeter:
                 items_of_task.setdefault(key, []).append(index)
         for key, items in items_of_task.items():
             table.add(key, self._use_of(items, self.e2e_s))
+
+    def use_by_prompt(self) -> list[tuple[PromptRef | None, TaskUse]]:
+        """What each distinct prompt of a finished request was used for; None is the bare backbone."""
+        assert self.e2e_s is not None, "the request has not ended"
+        items_of_prompt: dict[PromptRef | None, list[int]] = {}
+        for index, item in enumerate(self._generation.items):
+            items_of_prompt.setdefault(item.prompt, []).append(index)
+        return [(prompt, self._use_of(items, self.e2e_s)) for prompt, items in items_of_prompt.items()]
 
     def _use_of(self, items: list[int], e2e_s: float) -> TaskUse:
         n = self._generation.n

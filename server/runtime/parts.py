@@ -9,13 +9,16 @@ from prompt_store.errors import PromptStoreError
 from prompt_store.manifest import StoreLimits
 from prompt_store.store import PromptStore
 from server import __version__
+from server.errors import InvalidRequestError
 from server.metrics import Metrics
+from server.runtime.chat_template import ChatTemplate
 from server.runtime.demo import load_demo_prompts
 from server.runtime.protocols import BackboneLike, Deliver, EngineLike, LoadPrompt
 from server.runtime.stats import TaskStatsTable
 from server.runtime.tasks import TaskService, load_prompt
 from server.runtime.tokens import TokenCodec
 from server.settings import Settings
+from server.tenancy.quotas import QuotaKeeper
 
 LoadBackbone = Callable[[Settings], BackboneLike]
 MakeEngine = Callable[[BackboneLike, Settings, Metrics, LoadPrompt], EngineLike]
@@ -27,10 +30,21 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
+    """`chat_template` is None where the backbone has none."""
+
     backbone: BackboneLike
     codec: TokenCodec
+    chat_template: ChatTemplate | None
     engine: EngineLike
     tasks: TaskService
+
+    def require_chat_template(self) -> ChatTemplate:
+        """Raises InvalidRequestError when the backbone has no chat template."""
+        if self.chat_template is None:
+            raise InvalidRequestError(
+                "messages: the backbone has no chat template; send its text to /v1/completions.", param="messages"
+            )
+        return self.chat_template
 
 
 def open_store(settings: Settings) -> PromptStore:
@@ -51,6 +65,7 @@ def load_parts(
     load_backbone: LoadBackbone,
     make_engine: MakeEngine,
     deliver: Deliver,
+    quotas: QuotaKeeper,
 ) -> Parts:
     """Loads the backbone, starts the engine, adds the demo prompts. Takes seconds; blocking.
 
@@ -62,7 +77,7 @@ def load_parts(
     if settings.demo_dir is not None:
         load_demo_prompts(store, settings.demo_dir)
     engine.start(deliver)
-    tasks = TaskService(store, engine, stats, metrics, backbone.name)
+    tasks = TaskService(store, engine, stats, metrics, backbone.name, quota_of=quotas.quota_of)
     try:
         tasks.refresh()
     except BaseException:
@@ -77,5 +92,9 @@ def load_parts(
         path=backbone.path,
     )
     return Parts(
-        backbone=backbone, codec=TokenCodec(backbone.tokenizer, backbone.vocab_size), engine=engine, tasks=tasks
+        backbone=backbone,
+        codec=TokenCodec(backbone.tokenizer, backbone.vocab_size),
+        chat_template=ChatTemplate.of(backbone.tokenizer),
+        engine=engine,
+        tasks=tasks,
     )

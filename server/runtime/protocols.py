@@ -6,7 +6,11 @@ The engine's own classes satisfy these protocols; so does the fake that the test
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from prompt_store.manifest import BackboneShape, SoftPrompt
+from server.engine.norms import NormStats
 from server.engine.request import PromptRef, RowOutput, RowRequest
 from server.engine.status import CompiledState
 
@@ -28,6 +32,52 @@ class Tokenizer(Protocol):
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
     ) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """The names that the vocabulary has for these ids."""
+        ...
+
+    @property
+    def chat_template(self) -> Any:
+        """A Jinja template, several by name, or None."""
+        ...
+
+    def get_chat_template(self) -> str:
+        """The one to use. Raises ValueError when there is none."""
+        ...
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        chat_template: str,
+        add_generation_prompt: bool,
+        tokenize: bool,
+    ) -> Any:
+        """The text that a conversation is for the backbone, where `tokenize` is false."""
+        ...
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]: ...
+
+
+class NearestTokensLike(Protocol):
+    @property
+    def token_ids(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def cosines(self) -> npt.NDArray[np.float32]: ...
+
+
+class VocabularyLike(Protocol):
+    """The backbone's input embeddings. Any thread may ask."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def norms(self) -> NormStats: ...
+    def nearest(self, vectors: npt.NDArray[np.float32], top: int) -> NearestTokensLike:
+        """Tokens of largest cosine for each of `vectors [k, hidden_size]`, `[k, top]`. Blocking."""
+        ...
 
 
 class BackboneLike(Protocol):
@@ -58,6 +108,9 @@ class BackboneLike(Protocol):
     def max_model_len(self) -> int:
         """Virtual, prompt and new tokens together."""
         ...
+
+    @property
+    def vocabulary(self) -> VocabularyLike: ...
 
     @property
     def tokenizer(self) -> Any:

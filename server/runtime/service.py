@@ -18,17 +18,22 @@ from typing import Any, Literal, TypeVar
 import structlog
 
 from prompt_store.store import PromptStore
-from server.engine.request import RowOutput
-from server.errors import DrainingError, EngineFailedError, InvalidRequestError, LoadingError, PromptmuxError
+from server.engine.request import PromptRef, RowOutput
+from server.errors import DrainingError, EngineFailedError, LoadingError, PromptmuxError
 from server.metrics import Metrics
-from server.runtime.generation import Generation, GenerationSpec, make_generation, tokenize
+from server.runtime.gates import GateRunner
+from server.runtime.generation import Generation, GenerationSpec, check_budget, make_generation, tokenize
 from server.runtime.meter import RequestMeter
 from server.runtime.parts import LoadBackbone, MakeEngine, Parts, StartError, load_parts, open_store
 from server.runtime.protocols import BackboneLike
+from server.runtime.receipts import ReceiptWriter, RequestOrigin, make_receipts
+from server.runtime.reload import ReadSettings, Reloaded, default_limits, reload_settings
 from server.runtime.stats import TaskStatsTable
 from server.runtime.streams import RowStream
+from server.runtime.watch import find_failure, wait_for_failure
 from server.settings import Settings
 from server.tenancy.keys import Caller, KeyRing
+from server.tenancy.quotas import QuotaKeeper, Reservation
 
 R = TypeVar("R")
 
@@ -37,9 +42,7 @@ RuntimeState = Literal["loading", "ready", "draining", "failed"]
 # Text longer than this is tokenised in a thread: about the length whose tokens cost as much as the hop.
 MAX_INLINE_CHARS = 4096
 ENGINE_STOP_TIMEOUT_S = 5.0
-WATCH_INTERVAL_S = 1.0
-# A step on a slow machine may take many seconds; an engine with rows that makes none for so long hangs.
-MAX_HEARTBEAT_AGE_S = 60.0
+RECEIPTS_STOP_TIMEOUT_S = 5.0
 NUM_STORE_THREADS = 4
 NUM_TOKENIZER_THREADS = 2
 # An upload is held in memory while it is checked.
@@ -55,6 +58,7 @@ class RunningGeneration:
     generation: Generation
     stream: RowStream
     meter: RequestMeter
+    reservation: Reservation
 
 
 class Runtime:
@@ -64,9 +68,16 @@ class Runtime:
     """
 
     def __init__(
-        self, settings: Settings, metrics: Metrics, *, load_backbone: LoadBackbone, make_engine: MakeEngine
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        load_backbone: LoadBackbone,
+        make_engine: MakeEngine,
+        read_settings: ReadSettings | None = None,
     ) -> None:
         self.settings = settings
+        self._read_settings = read_settings if read_settings is not None else lambda: self.settings
         self.metrics = metrics
         self.started_at = int(time.time())
         self._load_backbone = load_backbone
@@ -76,6 +87,9 @@ class Runtime:
         self._is_stopped = False
         self._store: PromptStore | None = None
         self._keys: KeyRing | None = None
+        self._quotas: QuotaKeeper | None = None
+        self._receipts: ReceiptWriter | None = None
+        self._gates: GateRunner | None = None
         self._parts: Parts | None = None
         self._stats = TaskStatsTable()
         self._running: dict[str, RunningGeneration] = {}
@@ -86,6 +100,7 @@ class Runtime:
         self._store_threads = ThreadPoolExecutor(NUM_STORE_THREADS, thread_name_prefix="promptmux-store")
         self._tokenizer_threads = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="promptmux-tokenizer")
         self._uploads = asyncio.Semaphore(MAX_UPLOADS_AT_ONCE)
+        self._inspections = asyncio.Semaphore(1)
         metrics.draining.set(0)
 
     @property
@@ -120,11 +135,17 @@ class Runtime:
     @property
     def keys(self) -> KeyRing:
         """Usable before the backbone is there. Raises as `parts` does."""
-        if self._keys is None:
-            if self._state == "failed":
-                raise EngineFailedError("The server could not start; its log says why.")
-            raise LoadingError("The store is being opened.")
-        return self._keys
+        return self._opened(self._keys)
+
+    @property
+    def quotas(self) -> QuotaKeeper:
+        """Usable before the backbone is there. Raises as `parts` does."""
+        return self._opened(self._quotas)
+
+    @property
+    def store(self) -> PromptStore:
+        """For what concerns keys and tenants; its methods block. Raises as `parts` does."""
+        return self._opened(self._store)
 
     def check_ready(self) -> None:
         """Raises the 503 that tells why no request can be taken now."""
@@ -139,18 +160,17 @@ class Runtime:
         """Raises EngineFailedError when only a restart helps."""
         if self._state == "failed":
             raise EngineFailedError("The engine has failed; the server must be restarted.")
-        if self._parts is not None and (reason := self._find_failure()) is not None:
+        if self._parts is not None and (reason := find_failure(self._parts.engine)) is not None:
             raise EngineFailedError(f"The engine has failed: {reason}")
 
-    def render_metrics(self) -> tuple[bytes, str]:
-        """The exposition text and its content type, the engine's gauges as they are now."""
+    def refresh_gauges(self) -> None:
+        """Sets the engine's gauges to what they are now."""
         if self._parts is not None:
             status = self._parts.engine.status()
             self.metrics.num_requests_running.set(status.num_running)
             self.metrics.num_requests_waiting.set(status.num_waiting)
             self.metrics.kv_cache_usage_ratio.set(status.kv_usage_ratio)
             self.metrics.prompts_resident.set(status.prompts_resident)
-        return self.metrics.render()
 
     async def start(self) -> None:
         """Begins to load in the background and returns at once."""
@@ -170,6 +190,8 @@ class Runtime:
         if self._state in ("loading", "ready"):
             self._state = "draining"
         self.metrics.draining.set(1)
+        if self._gates is not None:
+            self._gates.stop()
         if self._parts is not None:
             self._parts.engine.start_drain()
 
@@ -179,6 +201,8 @@ class Runtime:
             return
         self._is_stopped = True
         self.start_drain()
+        if self._gates is not None:
+            await self._gates.wait_stopped()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._parts is not None:
@@ -192,26 +216,56 @@ class Runtime:
         self._store_threads.shutdown(wait=False, cancel_futures=True)
         self._tokenizer_threads.shutdown(wait=False, cancel_futures=True)
 
+    def reload(self) -> Reloaded:
+        """Reads the settings anew and puts in force what may change; or nothing, and raises InvalidRequestError."""
+        reloaded = reload_settings(self.settings, self._read_settings)
+        self.settings = reloaded.settings
+        self.quotas.set_defaults(default_limits(self.settings))
+        _log.info("reloaded", changed=reloaded.changed, needs_restart=reloaded.needs_restart)
+        return reloaded
+
     async def call(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Runs a blocking call on the store in one of its threads."""
         return await asyncio.get_running_loop().run_in_executor(self._store_threads, partial(function, *args, **kwargs))
+
+    async def run_tokenizer(self, num_chars: int, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """Runs work on so many characters: at once when they are few, else in a thread of the tokenizer's."""
+        if num_chars <= MAX_INLINE_CHARS:
+            return function(*args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizer_threads, partial(function, *args, **kwargs)
+        )
 
     def uploading(self) -> asyncio.Semaphore:
         """Held while an upload's bytes are in memory; not while they arrive, which the client may draw out."""
         return self._uploads
 
-    async def prepare(self, caller: Caller, spec: GenerationSpec) -> Generation:
-        """Resolves, tokenises and checks a request. Raises the errors of `server.errors`; nothing runs yet."""
+    def inspecting(self) -> asyncio.Semaphore:
+        """Held while the numbers of a prompt are looked into."""
+        return self._inspections
+
+    async def resolve(self, caller: Caller, reference: str, *, origin: RequestOrigin | None = None) -> PromptRef | None:
+        """What a reference stands for now; None for the bare backbone. Raises TaskNotFoundError.
+
+        A request without `origin` never meets a canary.
+        """
+        request_id = origin.request_id if origin is not None else None
+        found = await self.call(self.parts.tasks.resolve_all, caller.tenant, (reference,), request_id)
+        return found[reference]
+
+    async def prepare(self, caller: Caller, spec: GenerationSpec, *, origin: RequestOrigin | None = None) -> Generation:
+        """Resolves, tokenises and checks a request. Raises the errors of `server.errors`; nothing runs yet.
+
+        A request without `origin` is answered by active versions, never by canaries.
+        """
         self.check_ready()
         parts = self.parts
-        self._check_budget(spec)
-        prompts = await self.call(parts.tasks.resolve_all, caller.tenant, spec.references)
-        if spec.num_chars > MAX_INLINE_CHARS:
-            token_ids = await asyncio.get_running_loop().run_in_executor(
-                self._tokenizer_threads, tokenize, spec, parts.codec
-            )
-        else:
-            token_ids = tokenize(spec, parts.codec)
+        check_budget(spec, max_tokens=self.settings.max_request_tokens, max_rows=self.settings.max_waiting_rows)
+        if not self.quotas.is_fresh(caller.tenant):
+            await self.call(self.quotas.refresh, caller.tenant)
+        request_id = origin.request_id if origin is not None else None
+        prompts = await self.call(parts.tasks.resolve_all, caller.tenant, spec.references, request_id)
+        token_ids = await self.run_tokenizer(spec.num_chars, tokenize, spec, parts.codec)
         return make_generation(
             spec,
             generation_id=uuid.uuid4().hex,
@@ -221,44 +275,57 @@ class Runtime:
             max_model_len=parts.backbone.max_model_len,
         )
 
-    def submit(self, generation: Generation, *, arrived_at_s: float) -> RunningGeneration:
-        """Hands the rows to the engine, all or none. Raises UnavailableError when it takes none.
+    def submit(
+        self, generation: Generation, *, arrived_at_s: float, origin: RequestOrigin | None = None
+    ) -> RunningGeneration:
+        """Hands the rows to the engine, all or none.
 
-        `arrived_at_s` is on the monotonic clock.
+        Raises UnavailableError when it takes none, QuotaExceededError when the tenant has used up its quota.
+
+        `arrived_at_s` is on the monotonic clock. A request without `origin` leaves no receipt.
         """
         self.check_ready()
         engine = self.parts.engine
-        engine.submit(generation.rows)
+        reservation = self.quotas.reserve(
+            generation.tenant,
+            num_prompt_tokens=generation.num_prompt_tokens,
+            num_new_tokens=generation.num_expected_tokens,
+            num_rows=len(generation.rows),
+        )
+        try:
+            engine.submit(generation.rows)
+        except BaseException:
+            self.quotas.cancel(reservation)
+            raise
         meter = RequestMeter(generation, arrived_at_s=arrived_at_s)
         stream = RowStream(
-            [row.row_id for row in generation.rows], cancel=engine.cancel, on_end=partial(self._end_request, meter)
+            [row.row_id for row in generation.rows],
+            cancel=engine.cancel,
+            on_end=partial(self._end_request, meter, reservation, origin),
         )
-        running = RunningGeneration(generation, stream, meter)
+        running = RunningGeneration(generation, stream, meter, reservation)
         # Outputs reach `_dispatch` through the loop, so none can have been missed since the submission.
         for row in generation.rows:
             self._running[row.row_id] = running
         return running
 
-    def _check_budget(self, spec: GenerationSpec) -> None:
-        num_tokens = spec.num_rows * spec.sampling.max_tokens
-        if num_tokens > self.settings.max_request_tokens:
-            raise InvalidRequestError(
-                f"{len(spec.prompts)} prompts × n={spec.n} × max_tokens={spec.sampling.max_tokens} is {num_tokens} new "
-                f"tokens; one request may ask for {self.settings.max_request_tokens}.",
-                param="max_tokens",
-            )
-        if spec.num_rows > self.settings.max_waiting_rows:
-            raise InvalidRequestError(
-                f"The request has {spec.num_rows} sequences; one request may have {self.settings.max_waiting_rows}.",
-                param="n",
-            )
+    def _opened(self, part: R | None) -> R:
+        """Raises what tells why there is no store yet."""
+        if part is not None:
+            return part
+        if self._state == "failed":
+            raise EngineFailedError("The server could not start; its log says why.")
+        raise LoadingError("The store is being opened.")
 
     def _load(self) -> None:
         """The body of the loading thread."""
         try:
             store = open_store(self.settings)
             self._store = store
+            self._quotas = QuotaKeeper(store, default_limits(self.settings))
             self._keys = KeyRing(store)
+            self._receipts = ReceiptWriter(store, self.metrics, max_rows=self.settings.receipts_max_rows)
+            self._receipts.start()
             parts = load_parts(
                 self.settings,
                 self.metrics,
@@ -267,6 +334,7 @@ class Runtime:
                 load_backbone=self._load_backbone,
                 make_engine=self._make_engine,
                 deliver=self._deliver,
+                quotas=self._quotas,
             )
         except Exception as error:
             reason = str(error) or type(error).__name__
@@ -290,6 +358,8 @@ class Runtime:
             parts.engine.start_drain()
             return
         self._state = "ready"
+        self._gates = GateRunner(self)
+        self._gates.start()
         _log.info("ready", backbone=parts.backbone.name, path=parts.backbone.path, dtype=parts.backbone.dtype_name)
 
     def _loading_failed(self, reason: str) -> None:
@@ -305,6 +375,8 @@ class Runtime:
         self._close_store()
 
     def _close_store(self) -> None:
+        if self._receipts is not None:
+            self._receipts.stop(RECEIPTS_STOP_TIMEOUT_S)
         if self._store is not None:
             self._store.close()
 
@@ -319,29 +391,22 @@ class Runtime:
                 running.meter.observe(output)
                 running.stream.push(output)
 
-    def _end_request(self, meter: RequestMeter, stream: RowStream) -> None:
+    def _end_request(
+        self, meter: RequestMeter, reservation: Reservation, origin: RequestOrigin | None, stream: RowStream
+    ) -> None:
         for row_id in stream.row_ids:
             self._running.pop(row_id, None)
         meter.finish(self._stats)
+        self.quotas.settle(reservation, num_new_tokens=meter.completion_tokens)
+        if origin is not None and self._receipts is not None:
+            self._receipts.put(make_receipts(meter, origin))
 
     def _fail_running(self, error: PromptmuxError) -> None:
         self._dispatch([RowOutput(row_id=row_id, error=error) for row_id in list(self._running)])
 
     async def _watch_engine(self) -> None:
         """Ends all requests with an error when the engine dies or hangs: it may be past telling them itself."""
-        has_looked = True
-        while True:
-            try:
-                reason = self._find_failure()
-                has_looked = True
-            except Exception:
-                # Nobody else watches the engine: the watcher goes on, and says so once.
-                if has_looked:
-                    _log.exception("engine_not_watched")
-                reason, has_looked = None, False
-            if reason is not None:
-                break
-            await asyncio.sleep(WATCH_INTERVAL_S)
+        reason = await wait_for_failure(self.parts.engine)
         _log.error("engine_failed", reason=reason)
         self._failure = reason
         self._state = "failed"
@@ -349,15 +414,6 @@ class Runtime:
             self._fail_running(EngineFailedError("The engine has failed; the server must be restarted."))
         finally:
             self._engine_failed.set()
-
-    def _find_failure(self) -> str | None:
-        status = self.parts.engine.status()
-        if status.failure is not None:
-            return status.failure
-        has_work = status.num_running + status.num_waiting > 0
-        if has_work and status.heartbeat_age_s > MAX_HEARTBEAT_AGE_S:
-            return f"no step for {status.heartbeat_age_s:.0f} s"
-        return None
 
     def _to_loop(self, callback: Callable[..., None], *args: Any) -> bool:
         """False when the loop is gone: the server has ended."""

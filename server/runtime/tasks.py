@@ -5,15 +5,24 @@ and what a change in the store means for the engine: what is deleted is evicted,
 to know HTTP. Every method may block on the disk: call them in a thread. All raise the errors of `server.errors`.
 """
 
-import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prompt_store import errors as store_errors
-from prompt_store.manifest import PromptVersion, SoftPrompt, Task
-from prompt_store.names import SHARED_TENANT
+from prompt_store.gates import UNFINISHED
+from prompt_store.manifest import (
+    AuditEntry,
+    CanaryChange,
+    GateStatus,
+    PromptVersion,
+    Quota,
+    Receipt,
+    SoftPrompt,
+    Task,
+)
+from prompt_store.probes import Probe
 from prompt_store.store import PromptStore
 from server.engine.request import PromptRef
 from server.errors import PromptCorruptError
@@ -23,7 +32,9 @@ from server.runtime.stats import TaskStats, TaskStatsTable
 from server.runtime.store_errors import client_errors
 from server.tenancy.keys import Caller
 
-_PAGE = 500
+_PAGE = 1000
+# Whom the audit log names for what the server does by itself.
+SERVER_ACTOR = "promptmux"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,10 @@ class PromptUpload:
     expected_version: int | None = None
     metadata: Mapping[str, Any] | None = None
     task_index: int | None = None
+    training_run: str | None = None
+    data_digest: str | None = None
+    probes: bytes | None = None
+    gate_threshold: float | None = None
 
 
 def resident_key(version: PromptVersion) -> str:
@@ -87,21 +102,42 @@ def load_prompt(store: PromptStore, metrics: Metrics, ref: PromptRef) -> SoftPro
 
 
 class TaskService:
-    """The store and the engine's residency, seen by one caller at a time. Thread-safe."""
+    """The store and the engine's residency, seen by one caller at a time. Thread-safe.
+
+    `quota_of` gives the limits that a tenant's uploads are held to; left out, they are the tenant's own in the store.
+    """
 
     def __init__(
-        self, store: PromptStore, engine: EngineLike, stats: TaskStatsTable, metrics: Metrics, backbone_name: str
+        self,
+        store: PromptStore,
+        engine: EngineLike,
+        stats: TaskStatsTable,
+        metrics: Metrics,
+        backbone_name: str,
+        *,
+        quota_of: Callable[[str], Quota | None] | None = None,
     ) -> None:
         self._store = store
         self._engine = engine
         self._stats = stats
         self._metrics = metrics
         self._backbone_name = backbone_name
+        self._quota_of = quota_of if quota_of is not None else store.get_quota
+        self._gate_listener: Callable[[PromptVersion], None] = lambda version: None
         self._refreshing = threading.Lock()
 
-    def resolve_all(self, tenant: str, references: Sequence[str]) -> dict[str, PromptRef | None]:
-        """What each distinct reference stands for now; None for the bare backbone."""
-        return {reference: self._resolve(tenant, reference) for reference in dict.fromkeys(references)}
+    def on_pending_gate(self, listener: Callable[[PromptVersion], None]) -> None:
+        """Have `listener` called, on the uploading thread, for every version that came with a gate to be checked."""
+        self._gate_listener = listener
+
+    def resolve_all(
+        self, tenant: str, references: Sequence[str], request_id: str | None = None
+    ) -> dict[str, PromptRef | None]:
+        """What each distinct reference stands for now; None for the bare backbone.
+
+        `request_id` decides between a task's active version and its canary; None means the active one.
+        """
+        return {reference: self._resolve(tenant, reference, request_id) for reference in dict.fromkeys(references)}
 
     def find(self, tenant: str, reference: str) -> PromptVersion:
         """The version that a reference (`task`, `task@7`, `task@sha256:…`) stands for now."""
@@ -109,38 +145,82 @@ class TaskService:
             return self._store.resolve(tenant, reference)
 
     def list_tasks(self, tenant: str, *, limit: int, after: str | None) -> tuple[list[TaskView], bool]:
-        """Tasks that the tenant can call, its own and the shared ones, by name; whether there are more."""
+        """Tasks that the tenant can see, its own and the shared ones, by name; whether there are more."""
         with client_errors():
-            found = list(itertools.islice(self._visible_tasks(tenant, after), limit + 1))
-            return [self._view(task) for task in found[:limit]], len(found) > limit
+            found = self._store.list_visible(tenant, limit=limit + 1, after=after)
+            return [self._view(task, active) for task, active in found[:limit]], len(found) > limit
 
-    def list_callable(self, tenant: str) -> list[TaskView]:
-        """All tasks with an active version."""
+    def list_callable(self, tenant: str) -> list[Task]:
+        """All tasks with an active version, by name."""
+        tasks: list[Task] = []
         with client_errors():
-            return [self._view(task) for task in self._visible_tasks(tenant, None) if task.active_version is not None]
+            while page := self._store.list_callable(tenant, limit=_PAGE, after=tasks[-1].task if tasks else None):
+                tasks.extend(page)
+        return tasks
 
     def get_task(self, tenant: str, task: str) -> TaskView:
         with client_errors():
-            return self._view(self._find_task(tenant, task))
+            return self._view(*self._store.get_visible(tenant, task))
 
     def list_versions(self, tenant: str, task: str, *, limit: int, after: int | None) -> tuple[list[VersionView], bool]:
         with client_errors():
-            owner = self._find_task(tenant, task).tenant
+            owner = self._store.get_visible(tenant, task)[0].tenant
             versions = self._store.list_versions(owner, task, limit=limit + 1, after=after)
             return [self._view_version(version) for version in versions[:limit]], len(versions) > limit
 
     def get_version(self, tenant: str, task: str, version: int) -> VersionView:
         with client_errors():
-            owner = self._find_task(tenant, task).tenant
+            owner = self._store.get_visible(tenant, task)[0].tenant
             return self._view_version(self._store.get_version(owner, task, version))
 
     def read_file(self, version: PromptVersion) -> bytes:
         with client_errors():
             return self._store.read_file(version)
 
+    def read_prompt(self, version: PromptVersion) -> SoftPrompt:
+        """The numbers of a version, its digest checked."""
+        return load_prompt(self._store, self._metrics, to_ref(version))
+
     def read_config(self, version: PromptVersion) -> bytes:
         with client_errors():
             return self._store.read_config(version)
+
+    def read_probes(self, version: PromptVersion) -> tuple[Probe, ...]:
+        """The probes that came with a version; empty if none did."""
+        with client_errors():
+            return self._store.read_probes(version)
+
+    def unfinished_gates(self) -> list[PromptVersion]:
+        """Versions of all tenants whose gate is pending or running, oldest first."""
+        with client_errors():
+            return self._store.unfinished_gates()
+
+    def set_gate(
+        self, version: PromptVersion, *, status: GateStatus, score: float | None, detail: Mapping[str, Any]
+    ) -> PromptVersion:
+        """How far the check of a version's gate has come. One that passes may become active by this."""
+        with client_errors():
+            found = self._store.set_gate(
+                version.tenant,
+                version.task,
+                version.version,
+                status=status,
+                score=score,
+                detail=detail,
+                actor=SERVER_ACTOR,
+            )
+            if found.state == "active":
+                self.refresh()
+            return found
+
+    def restart_gate(self, caller: Caller, task: str, version: int) -> VersionView:
+        """Has the gate of a version checked again, unless that has not ended yet."""
+        with client_errors():
+            found = self._store.get_version(self._owner_for_write(caller, task), task, version)
+            if found.gate is None or found.gate.status not in UNFINISHED:
+                found = self._store.set_gate(found.tenant, task, version, status="pending", actor=caller.key_id or "")
+                self._gate_listener(found)
+            return self._view_version(found)
 
     def upload(self, caller: Caller, upload: PromptUpload) -> tuple[VersionView, bool]:
         """Stores a version in the caller's own tenant; False when it was there already."""
@@ -154,9 +234,16 @@ class TaskService:
                 expected_version=upload.expected_version,
                 metadata=upload.metadata,
                 task_index=upload.task_index,
+                training_run=upload.training_run,
+                data_digest=upload.data_digest,
+                probes=upload.probes,
+                gate_threshold=upload.gate_threshold,
+                quota=self._quota_of(caller.tenant),
                 created_by=caller.key_id or "",
             )
             self.refresh()
+            if version.gate is not None and version.gate.status == "pending":
+                self._gate_listener(version)
             return self._view_version(version), is_new
 
     def update_task(
@@ -167,8 +254,12 @@ class TaskService:
         active_version: int | None,
         expected_version: int | None,
         pinned: bool | None,
+        canary: CanaryChange = "keep",
     ) -> TaskView:
-        """Rolls out, rolls back, pins. Rows that are running keep the version that they hold."""
+        """Rolls out, rolls back, pins, sends a share of the requests to a canary.
+
+        Rows that are running keep the version that they hold.
+        """
         with client_errors():
             owner = self._owner_for_write(caller, task)
             updated = self._store.update_task(
@@ -177,10 +268,20 @@ class TaskService:
                 active_version=active_version,
                 expected_version=expected_version,
                 pinned=pinned,
+                canary=canary,
                 actor=caller.key_id or "",
             )
             self.refresh()
-            return self._view(updated)
+            active = updated.active_version
+            return self._view(updated, None if active is None else self._find_version(updated, active))
+
+    def rollback(self, caller: Caller, task: str) -> TaskView:
+        """Undoes the last activation; repeated, it goes further back. Rows that are running keep their version."""
+        with client_errors():
+            updated = self._store.rollback(self._owner_for_write(caller, task), task, actor=caller.key_id or "")
+            self.refresh()
+            active = updated.active_version
+            return self._view(updated, None if active is None else self._find_version(updated, active))
 
     def delete_version(self, caller: Caller, task: str, version: int) -> None:
         with client_errors():
@@ -202,8 +303,20 @@ class TaskService:
     def stats(self, tenant: str, task: str) -> TaskStats:
         """What the tenant itself used of the task."""
         with client_errors():
-            owner = self._find_task(tenant, task).tenant
+            owner = self._store.get_visible(tenant, task)[0].tenant
         return self._stats.get((tenant, owner, task))
+
+    def iter_changes(self, tenant: str | None, *, after: int, task: str | None) -> Iterator[AuditEntry]:
+        """The audit log of one tenant or (None) of all, oldest first."""
+        with client_errors():
+            yield from self._store.iter_audit(tenant, after=after, task=task)
+
+    def iter_receipts(
+        self, tenant: str | None, *, after: int, task: str | None, request_id: str | None
+    ) -> Iterator[Receipt]:
+        """Receipts of one tenant's requests or (None) of all, oldest first."""
+        with client_errors():
+            yield from self._store.iter_receipts(tenant, after=after, task=task, request_id=request_id)
 
     def refresh(self) -> None:
         """Tells the engine what is pinned, and the metrics how many prompts there are."""
@@ -212,59 +325,30 @@ class TaskService:
             self._engine.pin([to_ref(version) for version in self._store.pinned_versions()])
             self._metrics.prompts_registered.set(self._store.counts().num_versions)
 
-    def _resolve(self, tenant: str, reference: str) -> PromptRef | None:
-        return None if reference == self._backbone_name else to_ref(self.find(tenant, reference))
-
-    def _visible_tasks(self, tenant: str, after: str | None) -> Iterator[Task]:
-        """The tenant's own tasks and the shared ones that no own name shadows, by name."""
-        while True:
-            shared = self._store.list_tasks(SHARED_TENANT, limit=_PAGE, after=after)
-            own = self._store.list_tasks(tenant, limit=_PAGE, after=after) if tenant != SHARED_TENANT else []
-            found = {task.task: task for task in (*shared, *own)}
-            # Beyond the first page's worth of names, either list may have gaps that its next page fills.
-            names = sorted(found)[:_PAGE]
-            yield from (found[name] for name in names if not self._is_shadowed(tenant, found[name]))
-            if len(shared) < _PAGE and len(own) < _PAGE and len(names) == len(found):
-                return
-            after = names[-1]
-
-    def _find_task(self, tenant: str, task: str) -> Task:
-        try:
-            return self._store.get_task(tenant, task)
-        except store_errors.TaskNotFound:
-            if tenant == SHARED_TENANT:
-                raise
-            shared = self._store.get_task(SHARED_TENANT, task)
-            if self._is_shadowed(tenant, shared):
-                raise
-            return shared
-
-    def _is_shadowed(self, tenant: str, task: Task) -> bool:
-        """Whether a shared task is out of the tenant's reach because it has, or had, one of that name itself."""
-        if task.tenant == tenant or task.active_version is None:
-            return False
-        try:
-            return self._store.resolve(tenant, task.task).tenant != task.tenant
-        except store_errors.TaskNotFound:
-            return True
+    def _resolve(self, tenant: str, reference: str, request_id: str | None) -> PromptRef | None:
+        if reference == self._backbone_name:
+            return None
+        with client_errors():
+            return to_ref(self._store.resolve(tenant, reference, request_id=request_id))
 
     def _owner_for_write(self, caller: Caller, task: str) -> str:
         if caller.can("admin"):
-            return self._find_task(caller.tenant, task).tenant
+            return self._store.get_visible(caller.tenant, task)[0].tenant
         return self._store.get_task(caller.tenant, task).tenant
 
-    def _view(self, task: Task) -> TaskView:
-        if task.active_version is None:
-            return TaskView(task, None, "store")
-        try:
-            active = self._store.get_version(task.tenant, task.task, task.active_version)
-        except store_errors.TaskNotFound:
-            # Deleted, or another version made active, since the task was read.
-            return TaskView(task, None, "store")
-        return TaskView(task, active, self._engine.residency(resident_key(active)))
+    def _view(self, task: Task, active: PromptVersion | None) -> TaskView:
+        residency = "store" if active is None else self._engine.residency(resident_key(active))
+        return TaskView(task, active, residency)
 
     def _view_version(self, version: PromptVersion) -> VersionView:
         return VersionView(version, self._engine.residency(resident_key(version)))
+
+    def _find_version(self, task: Task, version: int) -> PromptVersion | None:
+        try:
+            return self._store.get_version(task.tenant, task.task, version)
+        except store_errors.TaskNotFound:
+            # Deleted, or another version made active, since the task was read.
+            return None
 
     def _versions_of(self, owner: str, task: str) -> list[PromptVersion]:
         found: list[PromptVersion] = []

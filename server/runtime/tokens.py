@@ -4,11 +4,15 @@ Owns what a single token reads as in log-probabilities. Refuses to know requests
 come here.
 """
 
+import re
 from collections.abc import Sequence
+from functools import cache
 
 from server.runtime.protocols import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# How sentencepiece names the tokens that are one byte.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenCodec:
@@ -39,6 +43,28 @@ class TokenCodec:
             text = twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
             self._texts[token_id] = text
         return text
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The token's bytes in UTF-8, also where they are part of a character only."""
+        text = self.text_of(token_id)
+        if REPLACEMENT not in text:
+            return text.encode("utf-8")
+        name = self.names([token_id])[0]
+        found = _BYTE_TOKEN.fullmatch(name)
+        if found is not None:
+            return bytes([int(found[1], 16)])
+        alphabet = _byte_level_alphabet()
+        if all(character in alphabet for character in name):
+            return bytes(alphabet[character] for character in name)
+        return text.encode("utf-8")
+
+    def special_tokens(self) -> dict[str, str]:
+        """The tokens that have a role, by its name: `bos_token`, `eos_token` and so on."""
+        return {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls these tokens."""
+        return self._tokenizer.convert_ids_to_tokens(list(token_ids))
 
 
 class OffsetCounter:
@@ -72,3 +98,12 @@ class OffsetCounter:
             self._offset += len(held_text)
             self._held.clear()
         return start
+
+
+@cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character stands for in byte-level vocabularies, as GPT-2 chose them: bytes that print stand
+    for themselves, the others take the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

@@ -112,6 +112,17 @@ class KeyRing:
             raise AuthenticationError("The API key is not valid.")
         return caller
 
+    def forget(self, key_id: str) -> None:
+        """The key was revoked: this server refuses it at once."""
+        with self._lock:
+            for digest, (_, caller) in list(self._known.items()):
+                if caller is not None and caller.key_id == key_id:
+                    del self._known[digest]
+
+    def require_keys(self) -> None:
+        """A key was made: from now on this server asks for one."""
+        self._has_had_keys = True
+
     def _look_up(self, secret: str) -> Caller | None:
         key = self._store.verify_key(secret)
         return Caller(tenant=key.tenant, scopes=frozenset(key.scopes), key_id=key.id) if key is not None else None

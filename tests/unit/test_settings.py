@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.settings import (
-    GROUPS,
-    MIB,
-    OTHER_ENV_NAMES,
-    Settings,
-    SettingsError,
-    env_name,
-    flag_name,
-    load_settings,
-    resolve_settings,
-)
+from server.settings import GROUPS, MIB, Settings, env_name, flag_name
+from server.settings_sources import OTHER_ENV_NAMES, SettingsError, load_settings, resolve_settings
 
 
 @pytest.fixture
@@ -39,6 +30,33 @@ def test_flag_beats_environment_beats_file_beats_default(config_file: Path) -> N
     assert resolved.origins["max_rows"] == "environment PROMPTMUX_MAX_ROWS"
     assert resolved.origins["host"] == f"file {config_file}"
     assert resolved.origins["dtype"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("given", "winner"),
+    [
+        (("flag", "environment"), "flag"),
+        (("flag", "file"), "flag"),
+        (("flag",), "flag"),
+        (("environment", "file"), "environment"),
+        (("environment",), "environment"),
+        (("file",), "file"),
+        ((), "default"),
+    ],
+)
+def test_of_each_pair_of_sources_the_stronger_one_wins(tmp_path: Path, given: tuple[str, ...], winner: str) -> None:
+    values = {"flag": 3, "environment": 2, "file": 1, "default": 64}
+    file = tmp_path / "settings.toml"
+    file.write_text("max_rows = 1\n" if "file" in given else "")
+
+    resolved = resolve_settings(
+        {"max_rows": "3" if "flag" in given else None},
+        file,
+        {"PROMPTMUX_MAX_ROWS": "2"} if "environment" in given else {},
+    )
+
+    assert resolved.settings.max_rows == values[winner]
+    assert resolved.origins["max_rows"].split()[0] == winner
 
 
 @pytest.mark.parametrize(
@@ -107,6 +125,7 @@ OUT_OF_RANGE = [
     ("quantization", "int4"),
     ("compile", "always"),
     ("deterministic", "yes"),
+    ("overlap", "yes"),
     ("text_cache", "true"),
     ("model", ""),
     ("host", ""),
@@ -159,6 +178,16 @@ OUT_OF_RANGE = [
     ("audit_share", "nan"),
     ("log_format", "xml"),
     ("log_level", "loud"),
+    ("receipts_max_rows", "-1"),
+    ("receipts_max_rows", "1000000001"),
+    ("metrics_port", "65536"),
+    ("metrics_key_required", "true"),
+    ("default_requests_per_minute", "-1"),
+    ("default_tokens_per_minute", "1.5"),
+    ("default_max_running_rows", "-1"),
+    ("default_max_prompts", "-1"),
+    ("default_max_prompt_bytes", "lots"),
+    ("default_max_virtual_tokens", "-1"),
 ]
 
 

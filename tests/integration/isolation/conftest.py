@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.isolation.driver import OVERLAPS
 from tests.integration.isolation.world import World, make_world
 
 
@@ -19,3 +20,11 @@ def world_of(
         return worlds[family]
 
     return of
+
+
+@pytest.fixture(params=[False, True], ids=["apart", "overlapped"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Engines collect each step at once, and then once more launch the next one before."""
+    overlaps: bool = request.param
+    monkeypatch.setattr(OVERLAPS, overlaps)
+    return overlaps

@@ -22,6 +22,11 @@ from tests.factories import MadePrompt
 NUM_ALTERNATIVES = 3
 GIVE_UP_AFTER_S = 120.0
 
+OVERLAPS = "tests.integration.isolation.driver.overlaps"
+"""Set by the fixture `each_way`."""
+
+overlaps = False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -80,6 +85,7 @@ class EngineDriver:
             "poison_freed_pages": True,
             "kv_cache_bytes": kv_bytes,
             "prefix_cache_bytes": 4 * 512 * backbone.bytes_per_token,
+            "overlaps": overlaps,
         }
         self.engine = Engine(backbone, EngineConfig(**(defaults | config)), self.metrics, self._load_prompt)
         self.engine._deliver = self._take

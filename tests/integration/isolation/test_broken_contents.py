@@ -17,10 +17,12 @@ from server.engine.kernels.batch import LayerAttention, PagedBatch
 from server.engine.prefix import Prefix
 from server.engine.request import PromptRef
 from server.engine.residency import PrefixResidency
-from server.engine.sampler import Sampled, SamplerRow, sample
+from server.engine.sampler import DeviceSample, SamplerRow, sample_async
 from tests.integration.isolation.comparison import differences_from_oracle
 from tests.integration.isolation.driver import Case, EngineDriver
 from tests.integration.isolation.world import TWINS, World
+
+pytestmark = pytest.mark.usefixtures("each_way")
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3", "opt", "mixtral")
 
@@ -150,10 +152,10 @@ def test_logits_sampled_for_the_wrong_rows_are_caught(
     world = world_of("llama")
     cases = make_cases(world)
 
-    def sample_next(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
-        return sample(logits.roll(1, 0), rows)
+    def sample_next(logits: torch.Tensor, rows: Sequence[SamplerRow], *, may_wait: bool) -> DeviceSample:
+        return sample_async(logits.roll(1, 0), rows, may_wait=may_wait)
 
-    monkeypatch.setattr(results, "sample", sample_next)
+    monkeypatch.setattr(results, "sample_async", sample_next)
     assert_caught(world, cases, run_audited(world, cases), {case.row_id for case in cases})
 
 

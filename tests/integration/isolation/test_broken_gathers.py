@@ -83,6 +83,10 @@ DECODE_BREAKS: dict[str, Break] = {
     "logits' tokens": swap_logits("logits_tokens"),
     "logits' rows": swap_logits("logits_entries"),
 }
+OVERLAPPED_BREAKS = {name: breaks for name, breaks in DECODE_BREAKS.items() if name != "token ids"} | {
+    "sources": swap_tokens("token_sources")
+}
+"""The host does not know the tokens: what can be exchanged is where the device finds them."""
 PREFILL_BREAKS: dict[str, Break] = {
     "write slots": write_over_each_other,
     "page tables": swap_page_tables,
@@ -111,7 +115,8 @@ class Saboteur:
         victims = [i for i, entry in enumerate(plan.entries) if int(entry.pages[-1]) in own]
         wanted = [i for i in victims if (plan.entries[i].num_tokens > 1) == self._in_prefill]
         # Tokens that happen to be equal could be exchanged without harm: then the next step will do.
-        asked = {int(plan.token_ids[plan.query_starts[i]]) for i in wanted}
+        firsts = [plan.query_starts[i] for i in wanted]
+        asked = {(int(plan.token_ids[first]), int(plan.token_sources[first])) for first in firsts}
         if self.tokens_before is None and len(wanted) == len(asked) == 2:
             self.tokens_before = {name: list(self._driver.results[name].token_ids) for name in VICTIMS}
             self._breaks(plan, *wanted)
@@ -150,6 +155,13 @@ def test_plan_broken_between_two_decoding_rows_ends_them_without_a_token(
     run_broken_plan(world_of(family), DECODE_BREAKS[name], monkeypatch, in_prefill=False)
 
 
+@pytest.mark.parametrize("name", OVERLAPPED_BREAKS)
+def test_overlapped_plan_broken_between_two_decoding_rows_ends_them_without_a_token(
+    name: str, world_of: Callable[[str], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_broken_plan(world_of("llama"), OVERLAPPED_BREAKS[name], monkeypatch, in_prefill=False, overlaps=True)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("name", PREFILL_BREAKS)
 def test_plan_broken_between_two_prompts_being_computed_ends_them_without_a_token(
@@ -158,9 +170,11 @@ def test_plan_broken_between_two_prompts_being_computed_ends_them_without_a_toke
     run_broken_plan(world_of(family), PREFILL_BREAKS[name], monkeypatch, in_prefill=True)
 
 
-def run_broken_plan(world: World, breaks: Break, monkeypatch: pytest.MonkeyPatch, *, in_prefill: bool) -> None:
+def run_broken_plan(
+    world: World, breaks: Break, monkeypatch: pytest.MonkeyPatch, *, in_prefill: bool, overlaps: bool = False
+) -> None:
     cases = make_cases(world)
-    with world.driver() as driver:
+    with world.driver(overlaps=overlaps) as driver:
         driver.make_resident()
         saboteur = Saboteur(driver, breaks, in_prefill=in_prefill)
         monkeypatch.setattr("server.engine.step.build_plan", saboteur)

@@ -9,6 +9,8 @@ from server.engine.backbone import Backbone
 from tests.integration.isolation.driver import Case, EngineDriver
 from tests.integration.isolation.world import World
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 FAMILIES = ("llama", "gpt2", "gemma2", "mixtral", "bloom")
 
 

@@ -10,6 +10,8 @@ from tests.integration.isolation.comparison import TOLERANCE_NATS, differences_f
 from tests.integration.isolation.driver import Case
 from tests.integration.isolation.world import World
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 NEEDLES = ("prompt-tuning", "multitask-2", "prefix", "long", None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.backbone import Backbone
-from tests.factories import CONFIGS, PREFIX_OVERRIDES, MadePrompt, load_model, read_prompt, save_prompt
+from tests.factories import CONFIGS, PREFIX_OVERRIDES, TEST_DEVICE, MadePrompt, load_model, read_prompt, save_prompt
 from tests.integration.isolation.comparison import differences_from_alone, differences_from_oracle
 from tests.integration.isolation.driver import Case, EngineDriver, RowResult
 from tests.integration.isolation.oracle import PeftOracle
@@ -99,7 +99,7 @@ def make_world(
 
     `trained` are folders of prompts that exist already; each goes by its folder's name.
     """
-    backbone = Backbone.load(str(model_folder), dtype="float32", device="cpu")
+    backbone = Backbone.load(str(model_folder), dtype="float32", device=TEST_DEVICE)
     base = load_model(model_folder)
     shape = backbone.shape(MAX_VIRTUAL_TOKENS)
     prompts = {ready.name: read_prompt(ready.name, ready, shape) for ready in trained}

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from server.app import create_app
 from server.runtime.service import Runtime
@@ -81,6 +82,19 @@ def running_server(
     app = create_app(
         Settings(data_dir=data_dir, **settings), load_backbone=parts.load_backbone, make_engine=parts.make_engine
     )
+    with serving(app) as (server, port):
+        try:
+            live = LiveServer(server, parts, app.state.runtime, port)
+            if wait:
+                live.wait_until(lambda: live.runtime.state != "loading")
+            yield live
+        finally:
+            parts.load_gate.set()
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[tuple[uvicorn.Server, int]]:
+    """The app on a port of its own, in a thread that ends with the block."""
     config = uvicorn.Config(
         app, port=0, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1, ws="none"
     )
@@ -88,12 +102,8 @@ def running_server(
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), name="live-server")
     thread.start()
     try:
-        live = LiveServer(server, parts, app.state.runtime, _wait_for_port(server, thread))
-        if wait:
-            live.wait_until(lambda: live.runtime.state != "loading")
-        yield live
+        yield server, _wait_for_port(server, thread)
     finally:
-        parts.load_gate.set()
         server.should_exit = True
         thread.join(TIMEOUT_S)
         assert not thread.is_alive()

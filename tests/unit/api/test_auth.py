@@ -1,6 +1,7 @@
 """Keys, scopes and tenants: closed by default, and no tenant sees another's tasks."""
 
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.routing import APIRoute
+from sqlalchemy import event
 
 from prompt_store.store import PromptStore
 from server.api.auth import OPEN_PATHS, required_scope
-from server.app import ROUTERS
+from server.app import ROUTERS, create_app
+from server.settings import Settings
 from tests.fakes import make_prompt_config, make_prompt_file
 from tests.unit.api.live_server import LiveServer, running_server
 
@@ -91,13 +94,30 @@ def test_open_routes_need_none(keyed: tuple[LiveServer, Keys], path: str) -> Non
 
 @pytest.mark.parametrize(("method", "path"), [r for r in ROUTES if r[1] not in OPEN_PATHS])
 def test_every_route_has_a_scope(method: str, path: str) -> None:
-    scope = required_scope(method, path)
+    assert required_scope(method, path) is not None
 
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PURGE"])
+def test_no_method_of_any_path_of_the_app_goes_without_a_key(keyed: tuple[LiveServer, Keys], method: str) -> None:
+    app = create_app(Settings())
+    paths = sorted({re.sub(r"\{[^}]*\}", "1", str(getattr(route, "path", ""))) for route in app.routes})
+    assert {"/docs", "/openapi.json"} < set(paths)
+    with keyed[0].client() as client:
+        for path in paths:
+            if path not in OPEN_PATHS:
+                assert client.request(method, path).status_code == 401, path
+
+
+@pytest.mark.parametrize(("method", "path"), [r for r in ROUTES if r[1] not in OPEN_PATHS])
+def test_every_route_refuses_a_key_that_lacks_its_scope(keyed: tuple[LiveServer, Keys], method: str, path: str) -> None:
+    live, keys = keyed
+    lacking = {"infer": [keys.write], "write": [keys.infer], "admin": [keys.infer, keys.write, keys.other]}
+    scope = required_scope(method, path)
     assert scope is not None
-    if path.startswith("/v1/tasks") and (method != "GET" or path.endswith(("/file", "/config"))):
-        assert scope == "write"
-    else:
-        assert scope == "infer"
+    for key in lacking[scope]:
+        answer = call(live, method, path, key)
+        assert answer.status_code == 403, answer.text
+        assert answer.json()["error"]["code"] == "insufficient_scope"
 
 
 def test_refusals_are_counted_under_their_route(keyed: tuple[LiveServer, Keys]) -> None:
@@ -176,6 +196,51 @@ def test_foreign_task_is_the_same_404_as_an_unknown_one(keyed: tuple[LiveServer,
         foreign, unknown = ask(method, path, "theirs"), ask(method, path, "nobody")
         assert foreign == unknown, path
         assert foreign[0] == 404
+
+
+def test_foreign_task_costs_the_same_queries_as_an_unknown_one(keyed: tuple[LiveServer, Keys]) -> None:
+    """What takes the time is the same, so that a clock tells no more than the body."""
+    live, keys = keyed
+    statements: list[str] = []
+    engine = live.runtime.store._database.engine
+
+    def note(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        if threading.current_thread().name.startswith("promptmux-store"):  # receipts are written in between
+            statements.append(statement)
+
+    def queries(method: str, path: str) -> list[str]:
+        # The key is looked up once a second, by whichever request finds it stale.
+        call(live, "GET", "/v1/models", keys.admin)
+        statements.clear()
+        body = {"json": {"model": path.rsplit("=", 1)[-1], "prompt": "x"}} if method == "POST" else {}
+        assert call(live, method, path.split("=")[0], keys.admin, **body).status_code == 404
+        return [statement for statement in statements if "FROM keys" not in statement and "quotas" not in statement]
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        for method, path in [
+            ("POST", "/v1/completions=NAME"),
+            ("GET", "/v1/models/NAME"),
+            ("GET", "/v1/tasks/NAME"),
+            ("GET", "/v1/tasks/NAME/versions"),
+            ("GET", "/v1/tasks/NAME/versions/1/file"),
+            ("GET", "/v1/tasks/NAME/stats"),
+        ]:
+            foreign = queries(method, path.replace("NAME", "theirs"))
+            assert foreign, path
+            assert foreign == queries(method, path.replace("NAME", "nobody")), path
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+@pytest.mark.parametrize("setting", [{"metrics_key_required": "on"}, {"metrics_port": 0}])
+def test_metrics_need_a_key_where_the_settings_say_so(data_dir: Path, setting: dict[str, Any]) -> None:
+    with PromptStore.open(data_dir) as store:
+        _, secret = store.create_key("acme", ["infer"])
+    with running_server(data_dir, **setting) as live:
+        assert call(live, "GET", "/metrics").status_code == 401
+        assert "promptmux_build" in call(live, "GET", "/metrics", secret).text
+        assert call(live, "GET", "/readyz").status_code == 200
 
 
 def test_lists_show_own_and_shared_tasks_alone(keyed: tuple[LiveServer, Keys]) -> None:

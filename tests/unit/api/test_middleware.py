@@ -43,7 +43,7 @@ def test_streams_and_refusals_carry_an_id(server: LiveServer) -> None:
 
 def test_no_such_route_is_an_error_body(server: LiveServer) -> None:
     with server.client() as client:
-        for path in ("/", "/v1", "/v1/chat/completions", "/v1/completions/", "/v2/completions", "/v1/tasks/a/b/c"):
+        for path in ("/", "/v1", "/v1/embeddings", "/v1/completions/", "/v2/completions", "/v1/tasks/a/b/c"):
             response = client.get(path)
             assert response.status_code == 404, path
             assert response.json()["error"]["code"] == "not_found"

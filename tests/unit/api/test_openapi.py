@@ -3,8 +3,12 @@
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
+from server.api.chat_schemas import ChatCompletionRequest
+from server.api.classify_schemas import ClassifyRequest
 from server.api.completion_schemas import CompletionRequest
+from server.api.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.unit.api.live_server import LiveServer
 
 
@@ -53,6 +57,24 @@ def test_examples_of_the_request_are_sound_and_answered(server: LiveServer) -> N
         assert server.post(example | renamed).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "request_type"),
+    [
+        ("/v1/chat/completions", ChatCompletionRequest),
+        ("/v1/classify", ClassifyRequest),
+        ("/tokenize", TokenizeRequest),
+        ("/detokenize", DetokenizeRequest),
+    ],
+)
+def test_examples_of_other_requests_are_answered(server: LiveServer, path: str, request_type: type[BaseModel]) -> None:
+    examples = request_type.model_config["json_schema_extra"]["examples"]  # type: ignore[index]
+
+    with server.client() as client:
+        for example in examples:
+            renamed = {"model": "capital"} if "model" in example else {}
+            assert client.post(path, json=example | renamed).status_code == 200
+
+
 def test_every_field_of_the_contract_is_documented(schema: dict[str, Any]) -> None:
     fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
 
@@ -60,12 +82,13 @@ def test_every_field_of_the_contract_is_documented(schema: dict[str, Any]) -> No
         "model", "prompt", "tasks", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "seed", "stop",
         "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "echo", "stream", "stream_options", "top_k",
         "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "add_special_tokens",
-        "skip_special_tokens", "best_of", "suffix", "response_format", "user",
+        "skip_special_tokens", "best_of", "suffix", "response_format", "user", "priority", "include_stop_str_in_output",
     }  # fmt: skip
 
 
-def test_streams_are_documented(schema: dict[str, Any]) -> None:
-    answer = schema["paths"]["/v1/completions"]["post"]["responses"]["200"]
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_streams_are_documented(schema: dict[str, Any], path: str) -> None:
+    answer = schema["paths"][path]["post"]["responses"]["200"]
 
     assert set(answer["content"]) == {"application/json", "text/event-stream"}
     assert "x-prompt-digest" in answer["headers"]

@@ -4,9 +4,13 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import structlog
 
+from server.settings_sources import OTHER_ENV_NAMES
+from tests.unit.api.live_server import LiveServer, running_server
 from tests.unit.cli.processes import StartProcess, start, wait_for_address
 from tests.unit.cli.task_server import TaskHandler, TaskServer
 
@@ -40,8 +44,26 @@ def start_process() -> Iterator[StartProcess]:
         process.communicate()
 
 
+@pytest.fixture
+def _quiet() -> Iterator[None]:
+    """The server runs in this process: its log lines must not mix with what a command prints."""
+    was_configured, config = structlog.is_configured(), structlog.get_config()
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    yield
+    structlog.reset_defaults()
+    if was_configured:
+        structlog.configure(**config)
+
+
+@pytest.fixture
+def live(tmp_path: Path, _quiet: None) -> Iterator[LiveServer]:
+    with running_server(tmp_path / "data") as server:
+        yield server
+
+
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands read variables; those of whoever runs the tests do not count."""
-    for name in ("PROMPTMUX_URL", "PROMPTMUX_KEY", "PROMPTMUX_CONFIG", "PROMPTMUX_DATA_DIR"):
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands read variables and a file at home; those of whoever runs the tests do not count."""
+    for name in OTHER_ENV_NAMES | {"PROMPTMUX_DATA_DIR"}:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no config"))

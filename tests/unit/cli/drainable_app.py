@@ -12,6 +12,7 @@ from typing import Any
 
 from server.cli.draining import DrainingServer
 from server.cli.serve import bind
+from server.errors import InvalidRequestError
 from server.settings import Settings
 
 
@@ -28,6 +29,7 @@ class TinyRuntime:
         self.failure = "no such folder: /models/x" if fails else None
         self.parts = SimpleNamespace(backbone=SimpleNamespace(name="tiny"))
         self.keys = Keys()
+        self.num_reloads = 0
         self.finished = asyncio.Event()
         self.stopped = asyncio.Event()
 
@@ -39,6 +41,10 @@ class TinyRuntime:
 
     async def call(self, function: Any, *arguments: Any) -> Any:
         return function(*arguments)
+
+    def reload(self) -> None:
+        self.num_reloads += 1
+        raise InvalidRequestError("no such setting", param="max_rwos")
 
     def start_drain(self) -> None:
         self.state = "draining"
@@ -61,6 +67,8 @@ class TinyApp:
             await send({"type": "lifespan.shutdown.complete"})
             return
         status = 503 if self._runtime.state == "draining" and scope["path"] != "/finish" else 200
+        if scope["path"] == "/reloaded" and not self._runtime.num_reloads:
+            status = 404
         await send({"type": "http.response.start", "status": status, "headers": []})
         if scope["path"] == "/finish":
             self._runtime.finished.set()

@@ -122,7 +122,7 @@ class TaskHandler(BaseHTTPRequestHandler):
             self.answer(200, {"deleted": True})
         elif self.command == "PATCH":
             change = json.loads(body)
-            if change["expected_version"] != self.state.active(task):
+            if "expected_version" in change and change["expected_version"] != self.state.active(task):
                 self.fail(409, "Another version is active.")
                 return
             for item in self.state.tasks[task]:

@@ -2,48 +2,18 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import structlog
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from server.cli import app, http_client
 from server.cli.output import ExitCode
-from tests.fakes import make_prompt_config, make_prompt_file
-from tests.unit.api.live_server import LiveServer, running_server
+from tests.fakes import make_prompt_file
+from tests.unit.api.live_server import LiveServer
+from tests.unit.cli.live import call, prompt_folder
 from tests.unit.cli.processes import END_TIMEOUT_S, StartProcess, wait_until_draining
-
-
-@pytest.fixture
-def _quiet() -> Iterator[None]:
-    """The server runs in this process: its log lines must not mix with what a command prints."""
-    was_configured, config = structlog.is_configured(), structlog.get_config()
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
-    yield
-    structlog.reset_defaults()
-    if was_configured:
-        structlog.configure(**config)
-
-
-@pytest.fixture
-def live(tmp_path: Path, _quiet: None) -> Iterator[LiveServer]:
-    with running_server(tmp_path / "data") as server:
-        yield server
-
-
-def call(server: LiveServer, *arguments: str) -> Result:
-    return CliRunner().invoke(app, [*arguments, "--url", server.url])
-
-
-def prompt_folder(parent: Path, value: float, *, config: bytes | None = None) -> Path:
-    folder = parent / f"prompt-{value}"
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_model.safetensors").write_bytes(make_prompt_file(value))
-    (folder / "adapter_config.json").write_bytes(config if config is not None else make_prompt_config())
-    return folder
 
 
 def test_a_prompt_goes_all_the_way_round(live: LiveServer, tmp_path: Path) -> None:

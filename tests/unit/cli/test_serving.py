@@ -27,6 +27,17 @@ def test_a_signal_ends_an_idle_server_with_zero(start_process: StartProcess, sig
         assert process.wait(END_TIMEOUT_S) == 0
 
 
+def test_a_reload_of_wrong_settings_does_not_end_it(start_process: StartProcess) -> None:
+    process, url = start_process(APP)
+    process.send_signal(signal.SIGHUP)
+    with httpx.Client(base_url=url, timeout=END_TIMEOUT_S) as client:
+        while not client.get("/reloaded").is_success:
+            assert process.poll() is None
+        assert client.get("/readyz").status_code == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(END_TIMEOUT_S) == 0
+
+
 def test_a_running_stream_finishes_while_new_requests_are_refused(start_process: StartProcess) -> None:
     process, url = start_process(APP)
     with httpx.stream("GET", f"{url}/stream", timeout=END_TIMEOUT_S) as stream:

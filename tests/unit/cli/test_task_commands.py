@@ -83,9 +83,9 @@ def test_ls_prints_one_line_a_task(task_server: TaskServer) -> None:
 
     lines = call(task_server, "ls").stdout.splitlines()
 
-    assert lines[0].split() == ["task", "tenant", "active", "versions", "pinned", "created"]
-    assert lines[1].split()[:5] == ["capitals", "default", "1", "1", "no"]
-    assert lines[2].split()[:4] == ["idle", "default", "-", "1"]
+    assert lines[0].split() == ["task", "tenant", "active", "canary", "versions", "pinned", "created"]
+    assert lines[1].split()[:6] == ["capitals", "default", "1", "-", "1", "no"]
+    assert lines[2].split()[:5] == ["idle", "default", "-", "-", "1"]
 
 
 def test_ls_without_tasks_says_what_to_do(task_server: TaskServer) -> None:
@@ -108,33 +108,12 @@ def test_show_lists_every_version(task_server: TaskServer) -> None:
     assert len(table.splitlines()) == 4
 
 
-def test_rollback_goes_to_the_version_before_the_active_one(task_server: TaskServer) -> None:
-    for _ in range(3):
-        task_server.add("capitals", FILE, CONFIG)
-    task_server.tasks["capitals"][1]["state"] = "quarantined"
-
-    result = call(task_server, "rollback", "capitals")
-
-    assert result.exit_code == ExitCode.OK
-    assert task_server.active("capitals") == 1
-    assert "version 1 is active (before: 3)" in result.stderr
-
-
 def test_rollback_goes_to_the_named_version(task_server: TaskServer) -> None:
     for _ in range(3):
         task_server.add("capitals", FILE, CONFIG)
 
     assert call(task_server, "rollback", "capitals", "2").exit_code == ExitCode.OK
     assert task_server.active("capitals") == 2
-
-
-def test_rollback_of_the_first_version_has_nowhere_to_go(task_server: TaskServer) -> None:
-    task_server.add("capitals", FILE, CONFIG)
-
-    result = call(task_server, "rollback", "capitals")
-
-    assert result.exit_code == ExitCode.NOT_FOUND
-    assert task_server.active("capitals") == 1
 
 
 def test_rm_asks_first(task_server: TaskServer) -> None:

@@ -27,6 +27,10 @@ PREFIX_TOKENS = {"p": 5, "q": 2 * PAGE_SIZE, "r": PAGE_SIZE + 7}
 """Prompts by key, and how many virtual tokens each has: only a tail, only full pages, both."""
 
 
+STRANGER = 900
+"""The serial of a row that has been sampled for and takes no part."""
+
+
 @dataclass(slots=True)
 class World:
     """A ledger with prefixes and kept texts in it. Shared pages are found by their content id."""
@@ -70,16 +74,20 @@ class World:
 
 @dataclass(slots=True)
 class Batch:
-    """Entries and claims as the rows made them, and the plan with its claims in packed order."""
+    """Entries and claims as the rows made them, and the plan with its claims in packed order.
+
+    `sampled_for` are the rows of the last sample: more of them than take part, and in another order.
+    """
 
     ledger: PageLedger
     entries: list[PlanEntry]
     claims: list[Claim]
     plan: StepPlan
     packed: list[Claim]
+    sampled_for: np.ndarray
 
     def check(self) -> list[Violation]:
-        return check_plan(self.plan, self.packed, self.ledger)
+        return check_plan(self.plan, self.packed, self.ledger, self.sampled_for)
 
     def blamed(self) -> set[int]:
         return {violation.entry for violation in self.check()}
@@ -90,12 +98,19 @@ class Batch:
 
 
 def make_batch(ledger: PageLedger, rows: list[Claim]) -> Batch:
+    sampled_for = [STRANGER, *(row.serial for row in reversed(rows)), STRANGER]
     entries = [
-        PlanEntry(row.pages, row.start_column, row.token_ids, logits_from=row.num_tokens - row.num_logits)
+        PlanEntry(
+            row.pages,
+            row.start_column,
+            row.token_ids,
+            logits_from=row.num_tokens - row.num_logits,
+            source=sampled_for.index(row.serial) if row.awaits_token else None,
+        )
         for row in rows
     ]
     plan, order = build_plan(entries)
-    return Batch(ledger, entries, rows, plan, [rows[i] for i in order])
+    return Batch(ledger, entries, rows, plan, [rows[i] for i in order], np.array(sampled_for, dtype=np.int64))
 
 
 def make_claim(
@@ -106,6 +121,7 @@ def make_claim(
     token_ids: list[int],
     num_logits: int = 1,
     prompt: str | None = None,
+    awaits_token: bool = False,
 ) -> Claim:
     k = PREFIX_TOKENS[prompt] if prompt is not None else 0
     return Claim(
@@ -118,6 +134,7 @@ def make_claim(
         contents=pages.contents,
         prefix_uid=uid_of(prompt),
         tail_page=k // PAGE_SIZE if k % PAGE_SIZE else None,
+        awaits_token=awaits_token,
     )
 
 
@@ -172,4 +189,5 @@ def _claims(draw: st.DrawFn, world: World, serial: int) -> Claim:
         token_ids=draw(st.lists(st.integers(0, 50), min_size=num_tokens, max_size=num_tokens)),
         num_logits=draw(st.integers(0, num_tokens)),
         prompt=prompt,
+        awaits_token=draw(st.booleans()),
     )

@@ -17,13 +17,14 @@ class NoTokenizer:
         raise AssertionError("the scheduler decoded a token")
 
 
-def make_row(serial: int, *, tenant: str = "a", num_tokens: int = 1, num_new: int = 50) -> Row:
+def make_row(serial: int, *, tenant: str = "a", num_tokens: int = 1, num_new: int = 50, priority: int = 0) -> Row:
     request = RowRequest(
         row_id=f"row-{serial}",
         tenant=tenant,
         token_ids=(1,) * num_tokens,
         prompt=None,
         sampling=SamplingParams(max_tokens=num_new),
+        priority=priority,
     )
     text = TextStream(NoTokenizer(), context=request.token_ids, stop=(), skip_special_tokens=True)
     return Row(request=request, serial=serial, arrived_at_s=0.0, text=text)
@@ -49,7 +50,8 @@ class Memory:
         self._first_chunk = first_chunk
 
     def try_admit(self, row: Row) -> Admission:
-        self.asked.append(row.serial)
+        if self.asked[-1:] != [row.serial]:  # asked again when another has given way
+            self.asked.append(row.serial)
         if row.serial in self.not_ready:
             return Admission.PREFIX_NOT_READY
         num_known = min(len(row.token_ids), self._first_chunk) if self._is_hasty else len(row.token_ids)
@@ -94,6 +96,7 @@ def make_scheduler(
     prefill_chunk: int = 50,
     max_cold_prompts: int | None = None,
     is_deterministic: bool = False,
+    quantum: int = 1,
 ) -> Scheduler:
     return Scheduler(
         max_rows=max_rows,
@@ -104,6 +107,7 @@ def make_scheduler(
         preempt=memory.preempt,
         max_cold_prompts=max_cold_prompts,
         is_deterministic=is_deterministic,
+        quantum=quantum,
     )
 
 

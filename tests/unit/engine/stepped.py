@@ -15,6 +15,11 @@ from server.metrics import Metrics
 
 MAX_TURNS = 2000
 
+OVERLAPS = "tests.unit.engine.stepped.overlaps"
+"""Set by the fixture `each_way`."""
+
+overlaps = False
+
 Answer = SoftPrompt | Exception
 
 
@@ -40,6 +45,7 @@ class SteppedEngine:
             "poison_freed_pages": True,
             "kv_cache_bytes": 8 << 20,
             "prefix_cache_bytes": 8 << 20,
+            "overlaps": overlaps,
         }
         self.engine = Engine(backbone, EngineConfig(**(defaults | config)), self.metrics, self._load)
         self.engine._deliver = self.take

@@ -10,6 +10,7 @@ from server.engine.cuda_graphs import DecodeBuffers, DecodeGraphs, Pass, row_buc
 from server.engine.kernels.batch import NO_SLOT, PAGE_SIZE
 from server.engine.plan import build_plan
 from tests.unit.engine.decoding import TinyDecoder, dealer, gather_rows_with_tokens
+from tests.unit.engine.no_waiting import no_waiting
 
 NUM_PAGES = 200
 MAX_ROWS = 12
@@ -154,3 +155,34 @@ def test_only_steps_of_decoding_rows_that_fit_can_be_replayed(model: TinyDecoder
     assert not graphs.can_replay(build_plan([decoding, pages.entry(20, 5)])[0])
     assert not graphs.can_replay(build_plan([decoding, replace(pages.entry(20, 1), logits_from=1)])[0])
     assert not graphs.can_replay(build_plan([replace(pages.entry(20, 1), vectors=torch.zeros(1, 4))])[0])
+
+
+def test_tokens_that_the_host_does_not_know_are_taken_from_the_sample(model: TinyDecoder) -> None:
+    known = dealer(NUM_PAGES).plan([20, 30, 40, 50, 60])
+    entries = [replace(entry, token_ids=[0], source=4 - i) for i, entry in enumerate(known.entries)]
+    entries[2] = known.entries[2]
+    sampled = torch.from_numpy(known.token_ids[::-1].copy())
+    graphs = make_graphs(model.forward)
+    eager = TinyDecoder(NUM_PAGES, gather_rows_with_tokens)
+    torch.testing.assert_close(graphs.replay(build_plan(entries)[0], sampled), eager.eager(known))
+    torch.testing.assert_close(model.key_pages, eager.key_pages)
+    # The next step's tokens are all known: nothing is left of the sources.
+    after = dealer(NUM_PAGES, seed=1).plan([21, 31, 41])
+    torch.testing.assert_close(graphs.replay(after, sampled), eager.eager(after))
+
+
+def test_replay_asks_nothing_of_the_device(model: TinyDecoder) -> None:
+    logits = torch.zeros(MAX_ROWS, 4)
+    graphs = make_graphs(lambda buffers: logits[: len(buffers.token_ids)])
+    graphs.warm_up()
+    entries = [replace(entry, source=i) for i, entry in enumerate(dealer(NUM_PAGES).plan([20, 30, 40]).entries)]
+    plan, _ = build_plan(entries)
+    sampled = torch.tensor([3, 4, 5])
+    with no_waiting(numpy_of_the_host=True):
+        graphs.replay(plan, sampled)
+
+
+def test_plan_that_takes_tokens_from_no_sample_is_refused(model: TinyDecoder) -> None:
+    entry = replace(dealer(NUM_PAGES).entry(20, 1), source=0)
+    with pytest.raises(RuntimeError, match="there is none"):
+        make_graphs(model.forward).replay(build_plan([entry])[0])

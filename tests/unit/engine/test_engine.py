@@ -21,6 +21,8 @@ from server.errors import (
 from tests.unit.engine.prompts import make_prompt, make_ref
 from tests.unit.engine.stepped import SteppedEngine, make_request
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 EOS = 2
 WAIT_S = 60.0
 
@@ -203,7 +205,7 @@ def test_cold_prompt_delays_only_its_own_rows(llama: Backbone) -> None:
     cold = make_ref("cold")
     stepped = with_prompts(llama, cold)
     stepped.submit(make_request("cold", prompt=cold), make_request("bare"))
-    for _ in range(4):
+    for _ in range(5):
         stepped.turn(load=False)
     assert stepped.result("bare").finish_reason == "length"
     assert stepped.outputs["cold"] == []
@@ -310,7 +312,7 @@ def test_deleted_prompt_serves_the_rows_that_were_submitted_before(llama: Backbo
 def test_all_rows_of_a_step_are_handed_over_in_one_call(llama: Backbone) -> None:
     stepped = SteppedEngine(llama)
     stepped.submit(*(make_request(f"row-{i}") for i in range(5)))
-    stepped.turn()
+    stepped.turns_until(lambda: stepped.num_deliveries > 0)
     assert stepped.num_deliveries == 1
     assert all(len(outputs) == 1 for outputs in stepped.outputs.values())
 

@@ -12,6 +12,8 @@ from server.errors import IsolationError, UnavailableError
 from tests.unit.engine.prompts import make_prompt, make_ref
 from tests.unit.engine.stepped import SteppedEngine, make_request
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 LONG = tuple(range(20, 80))
 
 
@@ -34,10 +36,10 @@ def test_prompt_for_which_the_device_has_no_memory_ends_its_own_rows_alone(
     stepped = with_prompts(llama, large, small)
     forward = llama.forward
 
-    def fail_when_large(pool: object, plan: object) -> torch.Tensor:
+    def fail_when_large(pool: object, plan: object, *sampled: object) -> torch.Tensor:
         if plan.num_tokens == 40:  # type: ignore[attr-defined]
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(pool, plan)  # type: ignore[arg-type]
+        return forward(pool, plan, *sampled)  # type: ignore[arg-type]
 
     monkeypatch.setattr(llama, "forward", fail_when_large)
     stepped.submit(make_request("large", prompt=large), make_request("small", prompt=small), make_request("bare"))

@@ -12,6 +12,8 @@ from server.engine.kernels.batch import PagedBatch
 from tests.unit.engine.prompts import make_prompt, make_ref
 from tests.unit.engine.stepped import SteppedEngine, make_request
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 LONG = tuple(range(20, 80))
 """A client's text of several pages."""
 

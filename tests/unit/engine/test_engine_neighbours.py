@@ -18,6 +18,8 @@ from server.metrics import Metrics
 from tests.unit.engine.prompts import make_prompt, make_ref
 from tests.unit.engine.stepped import SteppedEngine, make_request
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 QUESTION = (9, 8, 7, 6)
 WAIT_S = 60.0
 NO_PROMPT = SoftPrompt(kind="embeddings", values=np.zeros((0, 0), dtype=np.float32))
@@ -50,8 +52,9 @@ def test_row_whose_memory_goes_bad_ends_and_its_neighbours_are_the_same_to_the_b
             make_request("sick", QUESTION, ref, max_tokens=3, logprobs=3),
             make_request("right", (5, 6), ref, max_tokens=6, logprobs=3),
         )
-        stepped.turns_until(lambda: len(stepped.outputs["sick"]) == 2)
-        pages = stepped.engine._rows["sick"].pages
+        rows = stepped.engine._rows
+        stepped.turns_until(lambda: "sick" in rows and rows["sick"].num_generated + rows["sick"].num_pending == 2)
+        pages = rows["sick"].pages
         assert pages is not None
         if is_bad:
             stepped.engine._pool.value_pages[1][int(pages.numbers[0]), :, 1] = bad

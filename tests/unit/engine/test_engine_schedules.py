@@ -3,7 +3,10 @@
 Every row that finishes has the tokens of its batch of one, and nothing of it is left behind.
 """
 
+from typing import Any
+
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
@@ -17,9 +20,11 @@ from hypothesis.stateful import (
 
 from server.engine.backbone import Backbone
 from server.engine.kv import KeysValues
-from server.engine.request import FINISH_CANCELLED, FINISH_LENGTH, PromptRef
+from server.engine.request import FINISH_CANCELLED, FINISH_LENGTH, FINISH_STOP, PromptRef
 from tests.unit.engine.prompts import make_prompt, make_ref
 from tests.unit.engine.stepped import SteppedEngine, make_request
+
+pytestmark = pytest.mark.usefixtures("each_way")
 
 MAX_TOKENS = 5
 
@@ -35,7 +40,10 @@ TEXTS = ((5,), (9, 8, 7, 6), tuple(range(20, 51)), tuple(range(20, 110)))
 
 
 class EngineLife(RuleBasedStateMachine):
-    """`asked` is what each row was submitted with; `alone` the tokens of every possible row as a batch of one."""
+    """`expected` are each row's tokens if nobody cancels it; `alone` those of every possible row as a batch of one.
+
+    Some rows end before their length, which nobody knows a step ahead; some must have their tokens known.
+    """
 
     backbone: Backbone
     alone: dict[tuple[str | None, int], tuple[int, ...]]
@@ -76,7 +84,7 @@ class EngineLife(RuleBasedStateMachine):
             max_waiting_rows=1000,
         )
         self.active = {task: refs[0] for task, refs in VERSIONS.items()}
-        self.asked: dict[str, tuple[str | None, int, int]] = {}
+        self.expected: dict[str, tuple[int, ...]] = {}
         self.cancelled: set[str] = set()
 
     @rule(
@@ -85,14 +93,32 @@ class EngineLife(RuleBasedStateMachine):
         max_tokens=st.integers(1, MAX_TOKENS),
         tenant=st.sampled_from("ab"),
         copies=st.integers(1, 3),
+        stops_at=st.none() | st.integers(0, MAX_TOKENS - 1),
+        is_penalised=st.booleans(),
     )
-    def submit(self, task: str | None, text: int, max_tokens: int, tenant: str, copies: int) -> None:
+    def submit(
+        self,
+        task: str | None,
+        text: int,
+        max_tokens: int,
+        tenant: str,
+        copies: int,
+        stops_at: int | None,
+        is_penalised: bool,
+    ) -> None:
         prompt = self.active[task] if task is not None else None
+        tokens = self.alone[prompt.prefix_key if prompt is not None else None, text]
+        fields: dict[str, Any] = {"max_tokens": max_tokens, "tenant": tenant}
+        if stops_at is not None:
+            fields["stop_token_ids"] = (tokens[stops_at],)
+            tokens = tokens[: tokens.index(tokens[stops_at]) + 1]
+        if is_penalised:
+            fields["presence_penalty"] = 1e-9  # asks for the tokens, and changes none
         requests = []
         for _ in range(copies):
-            row_id = f"row-{len(self.asked)}"
-            self.asked[row_id] = (prompt.prefix_key if prompt is not None else None, text, max_tokens)
-            requests.append(make_request(row_id, TEXTS[text], prompt, max_tokens=max_tokens, tenant=tenant))
+            row_id = f"row-{len(self.expected)}"
+            self.expected[row_id] = tokens[:max_tokens]
+            requests.append(make_request(row_id, TEXTS[text], prompt, **fields))
         self.stepped.submit(*requests)
 
     @rule(times=st.integers(1, 3), load=st.booleans())
@@ -100,10 +126,10 @@ class EngineLife(RuleBasedStateMachine):
         for _ in range(times):
             self.stepped.turn(load=load)
 
-    @precondition(lambda self: self.asked)
+    @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        row_id = data.draw(st.sampled_from(sorted(self.asked)))
+        row_id = data.draw(st.sampled_from(sorted(self.expected)))
         self.stepped.engine.cancel([row_id, "nobody"])
         self.cancelled.add(row_id)
 
@@ -126,27 +152,26 @@ class EngineLife(RuleBasedStateMachine):
         if not hasattr(self, "stepped"):
             return
         self.stepped.engine.check_invariants()
-        for row_id, (key, text, max_tokens) in self.asked.items():
+        for row_id, expected in self.expected.items():
             tokens = self.stepped.tokens(row_id)
-            assert tokens == self.alone[key, text][: len(tokens)], f"row {row_id} has another's tokens"
-            assert len(tokens) <= max_tokens
+            assert tokens == expected[: len(tokens)], f"row {row_id} has another's tokens"
 
     def teardown(self) -> None:
         if not hasattr(self, "stepped"):
             return
         self.stepped.finish()
-        for row_id, (key, text, max_tokens) in self.asked.items():
+        for row_id, expected in self.expected.items():
             result = self.stepped.result(row_id)
             assert result.error is None
             if result.finish_reason == FINISH_CANCELLED:
                 assert row_id in self.cancelled
             else:
-                assert result.finish_reason == FINISH_LENGTH
-                assert result.token_ids == self.alone[key, text][:max_tokens]
+                assert result.finish_reason in (FINISH_LENGTH, FINISH_STOP)
+                assert result.token_ids == expected
         assert self.stepped.is_idle()
         assert self.stepped.count("isolation_violations_total") == 0
         assert self.stepped.count("isolation_checks_total") >= sum(
-            bool(self.stepped.tokens(row_id)) for row_id in self.asked
+            bool(self.stepped.tokens(row_id)) for row_id in self.expected
         )
 
 

@@ -54,7 +54,7 @@ def spots(batch: Batch, name: str) -> list[Spot]:
     """Every place of the plan that `name` stands for."""
     plan, owner = batch.plan, owners_of(batch)
     everyone = set(range(len(batch.packed)))
-    if name in ("token_ids", "positions", "write_slots"):
+    if name in ("token_ids", "token_sources", "positions", "write_slots"):
         return [in_array(getattr(plan, name), token, {owner[token]}) for token in range(plan.num_tokens)]
     if name == "lengths":
         return [in_array(plan.lengths, row, {row}) for row in everyone]
@@ -76,6 +76,7 @@ def spots(batch: Batch, name: str) -> list[Spot]:
 
 NAMES = (
     "token_ids",
+    "token_sources",
     "positions",
     "query_starts",
     "lengths",
@@ -130,7 +131,7 @@ def test_two_indices_exchanged_blame_a_row_that_they_touch(data: st.DataObject) 
     assert batch.blamed() & (one.affected | other.affected)
 
 
-@pytest.mark.parametrize("damage", ["pages", "start_column", "token_ids", "vectors", "exchanged"])
+@pytest.mark.parametrize("damage", ["pages", "start_column", "token_ids", "source", "vectors", "exchanged"])
 @thoroughly
 @given(data=st.data())
 def test_wrong_entry_is_blamed(damage: str, data: st.DataObject) -> None:
@@ -145,6 +146,8 @@ def test_wrong_entry_is_blamed(damage: str, data: st.DataObject) -> None:
         entries[one] = replace(entry, start_column=entry.start_column + data.draw(st.sampled_from([-1, 1, 40])))
     elif damage == "token_ids":
         entries[one] = replace(entry, token_ids=[*entry.token_ids[:-1], entry.token_ids[-1] + 1])
+    elif damage == "source":
+        entries[one] = replace(entry, source=0 if entry.source is None else None)
     elif damage == "vectors":
         entries[one] = replace(entry, vectors=torch.zeros(entry.num_tokens, 4))
     else:
@@ -164,6 +167,38 @@ def two_rows() -> Batch:
     return make_batch(world.ledger, claims)
 
 
+def two_rows_that_await_their_tokens() -> Batch:
+    batch = two_rows()
+    return make_batch(batch.ledger, [replace(claim, awaits_token=True) for claim in batch.claims])
+
+
+def test_rows_that_take_each_others_tokens_are_both_blamed() -> None:
+    batch = two_rows_that_await_their_tokens()
+    assert batch.check() == []
+    sources, places = batch.plan.token_sources, [0, 3]
+    sources[places] = sources[places[::-1]]
+    assert [(v.entry, v.reason) for v in batch.check()] == [(i, "it would take another row's token") for i in (0, 1)]
+
+
+def test_token_that_was_sampled_for_another_row_is_not_taken_although_plan_and_row_agree() -> None:
+    """The sample lies in another order than the one that the rows were told of."""
+    batch = two_rows_that_await_their_tokens()
+    batch.sampled_for = batch.sampled_for[::-1].copy()
+    assert batch.blamed() == {0, 1}
+
+
+@pytest.mark.parametrize("place", [-2, 4, 10**9])
+def test_token_that_was_not_sampled_is_not_taken(place: int) -> None:
+    batch = two_rows_that_await_their_tokens()
+    batch.plan.token_sources[0] = place
+    assert [(v.entry, v.reason) for v in batch.check()] == [(0, "it would take a token that was not sampled")]
+
+
+def test_row_that_awaits_its_token_when_nothing_was_sampled_is_blamed() -> None:
+    batch = two_rows_that_await_their_tokens()
+    assert {v.entry for v in check_plan(batch.plan, batch.packed, batch.ledger)} == {0, 1}
+
+
 def test_prefix_that_the_request_did_not_name_blames_its_row() -> None:
     batch = two_rows()
     batch.packed[1] = replace(batch.packed[1], prefix_matches=False)
@@ -178,7 +213,7 @@ def test_rows_that_decode_must_come_first() -> None:
     plan = chunk_first.plan
     # Everything else agrees with this order.
     plan.entries.reverse()
-    for name in ("token_ids", "positions", "write_slots"):
+    for name in ("token_ids", "token_sources", "positions", "write_slots"):
         array = getattr(plan, name)
         setattr(plan, name, np.concatenate([array[1:], array[:1]]))
     plan.query_starts = np.array([0, 3, 4], dtype=np.int32)
@@ -195,7 +230,9 @@ def test_plan_of_another_number_of_rows_blames_all() -> None:
 
 
 @pytest.mark.parametrize("change", [lambda array: array[:-1], lambda array: np.append(array, array[-1:], axis=0)])
-@pytest.mark.parametrize("name", ["token_ids", "positions", "write_slots", "query_starts", "lengths", "page_table"])
+@pytest.mark.parametrize(
+    "name", ["token_ids", "token_sources", "positions", "write_slots", "query_starts", "lengths", "page_table"]
+)
 def test_array_of_another_length_blames_all(name: str, change: Callable[[Any], Any]) -> None:
     batch = two_rows()
     setattr(batch.plan, name, change(getattr(batch.plan, name)))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from server.engine.pages import PAGE_SIZE
-from server.engine.plan import NO_PAGE, PlanEntry, StepPlan, build_plan
+from server.engine.plan import NO_PAGE, NO_SOURCE, PlanEntry, StepPlan, build_plan
 from tests.unit.engine.batches import Batch, batches
 
 quickly = settings(max_examples=40, deadline=None)
@@ -68,6 +68,18 @@ def test_entries_follow_each_other_without_gaps_and_logits_name_their_entry(batc
     assert starts[-1] == len(owner) == plan.num_tokens
     assert plan.logits_entries.tolist() == [owner[token] for token in plan.logits_tokens.tolist()]
     assert sorted(plan.logits_tokens.tolist()) == plan.logits_tokens.tolist()
+
+
+@quickly
+@given(batches())
+def test_token_that_only_the_device_knows_is_the_last_of_its_segment_and_no_other(batch: Batch) -> None:
+    plan = batch.plan
+    expected = [NO_SOURCE] * plan.num_tokens
+    for packed, end in zip(plan.entries, plan.query_starts[1:].tolist(), strict=True):
+        if packed.source is not None:
+            expected[end - 1] = packed.source
+    assert plan.token_sources.tolist() == expected
+    assert plan.takes_samples == any(packed.source is not None for packed in plan.entries)
 
 
 @quickly

@@ -60,7 +60,8 @@ def collect(items: Sequence[tuple[Row, int]], logits: torch.Tensor) -> dict[str,
     """Run a step in which each row computes so many tokens; `logits` follow the order of the plan."""
     scheduled = [ScheduledRow(row, num_tokens) for row, num_tokens in items]
     plan, order = build_plan([plan_entry(item) for item in scheduled])
-    return {output.row_id: output for _, output in RESULTS.collect(plan, [scheduled[i] for i in order], logits)}
+    launched = RESULTS.launch(plan, [scheduled[i] for i in order], logits)
+    return {output.row_id: output for _, output in RESULTS.collect(launched)}
 
 
 def step(row: Row, token_id: int) -> RowOutput:
@@ -268,6 +269,44 @@ def test_cached_tokens_are_told_once_with_the_first_token() -> None:
     scored.num_cached = scored.num_computed = 4
     (output,) = collect([(scored, 1)], logits_for([1])).values()
     assert output.num_cached == 4
+
+
+def test_row_that_was_preempted_meanwhile_and_runs_again_gets_nothing_of_the_step() -> None:
+    row = make_row("hello")
+    item = ScheduledRow(row, 5)
+    plan, _ = build_plan([plan_entry(item)])
+    launched = RESULTS.launch(plan, [item], logits_for([100]))
+    assert (row.num_computed, row.num_in_flight, row.num_pending) == (5, 5, 1)
+    row.num_computed = row.num_in_flight = row.num_pending = 0
+    row.num_preemptions += 1
+
+    assert list(RESULTS.collect(launched)) == []
+    assert (row.num_in_flight, row.num_pending, row.num_generated) == (0, 0, 0)
+
+
+def test_launch_counts_what_the_step_computes_and_collecting_it_says_which_tokens() -> None:
+    row, other = make_row("hello", max_tokens=2), make_row("hi", serial=2)
+    items = [ScheduledRow(other, 1), ScheduledRow(row, 5)]
+    plan, order = build_plan([plan_entry(item) for item in items])
+    launched = RESULTS.launch(plan, [items[i] for i in order], logits_for([101]))
+    assert (row.num_uncomputed, row.sample_place, row.num_settled_columns) == (1, 0, 0)
+    assert (other.num_uncomputed, other.num_pending, other.num_in_flight) == (1, 0, 1)
+    assert launched.sampled_for.tolist() == [row.serial]
+
+    (given,) = RESULTS.collect(launched)
+    assert (given[0], given[1].token_ids) == (row, (101,))
+    assert (row.num_uncomputed, row.num_settled_columns, other.num_in_flight) == (1, 5, 0)
+
+
+def test_row_whose_last_token_is_on_its_way_has_nothing_left_to_compute() -> None:
+    row = make_row("hello", max_tokens=1)
+    item = ScheduledRow(row, 5)
+    plan, _ = build_plan([plan_entry(item)])
+    launched = RESULTS.launch(plan, [item], logits_for([100]))
+    assert row.num_uncomputed == 0
+
+    ((_, output),) = RESULTS.collect(launched)
+    assert output.finish_reason == "length"
 
 
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=12), st.integers(1, 12), st.integers(0, 12))

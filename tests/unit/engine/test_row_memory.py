@@ -279,6 +279,17 @@ def test_kept_pages_of_a_running_row_are_shared_and_it_goes_on_behind_them() -> 
     bench.check()
 
 
+@pytest.mark.parametrize(("num_in_flight", "num_kept"), [(0, 2), (1, 1), (16, 1), (17, 0), (32, 0)])
+def test_what_a_step_computes_that_is_not_collected_yet_is_not_kept(num_in_flight: int, num_kept: int) -> None:
+    bench = Bench()
+    row = bench.admitted(text(32))
+    bench.compute(row)
+    row.num_in_flight = num_in_flight
+    bench.memory.keep_text(row)
+    assert bench.memory.texts.num_pages == num_kept
+    assert (pages_of(row).contents != NO_CONTENT).sum() == num_kept
+
+
 def test_two_rows_that_compute_the_same_text_at_once_each_keep_their_own_pages() -> None:
     bench = Bench()
     rows = [bench.admitted(text(32)) for _ in range(2)]

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import SamplingParams
-from server.engine.sampler import LOWEST_LOGPROB, SamplerRow, sample, token_logprobs, uniform
+from server.engine.sampler import LOWEST_LOGPROB, SamplerRow, reads_own_tokens, sample, token_logprobs, uniform
 
 VOCAB_SIZE = 24
 GREEDY = SamplingParams(temperature=0.0)
@@ -259,6 +259,12 @@ def test_minus_infinity_in_a_models_own_mask_does_no_harm() -> None:
     logits[0, 3] = -math.inf
 
     assert token_of(logits, make_row(GREEDY)) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_each_penalty_alone_asks_for_the_tokens_that_a_row_has(penalty: str) -> None:
+    assert not reads_own_tokens(SamplingParams(logit_bias={1: 2.0}, top_k=3))
+    assert reads_own_tokens(SamplingParams(**{penalty: 0.5}))
 
 
 def test_no_rows_give_no_tokens() -> None:

@@ -340,3 +340,86 @@ def test_invariants_notice_damage(damage: str) -> None:
         memory.try_admit(next(iter(scheduler.waiting)))
     with pytest.raises(RuntimeError):
         scheduler.check_invariants()
+
+
+def test_another_tenant_gets_its_first_token_in_a_step_of_its_own_although_the_batch_is_full() -> None:
+    memory = Memory()
+    scheduler = make_scheduler(memory, max_rows=4)
+    for serial in range(1, 20):
+        scheduler.add(make_row(serial, tenant="flood"))
+    take(scheduler.schedule())
+    scheduler.add(make_row(20, tenant="calm", num_tokens=30))
+    assert serials(scheduler.schedule()) == [20]
+    assert memory.preempted == [4], "the youngest row of the tenant that runs most"
+
+
+def test_between_two_express_steps_all_rows_take_part() -> None:
+    memory = Memory()
+    scheduler = make_scheduler(memory, max_rows=4)
+    for serial in range(1, 20):
+        scheduler.add(make_row(serial, tenant="flood"))
+    take(scheduler.schedule())
+    steps = []
+    for serial in (20, 21, 22):
+        scheduler.add(make_row(serial, tenant=f"calm{serial}"))
+        scheduled = scheduler.schedule()
+        steps.append(serials(scheduled))
+        take(scheduled)
+    assert steps[0] == [20]
+    assert {1, 2, 3} <= set(steps[1]), "the second of them waits for an ordinary step"
+    assert 21 in steps[2]
+    assert 1 not in steps[2]
+
+
+def test_tenants_that_both_flood_leave_each_other_in_the_step() -> None:
+    memory = Memory()
+    scheduler = make_scheduler(memory, max_rows=4)
+    for serial in range(1, 20):
+        scheduler.add(make_row(serial, tenant="ab"[serial % 2]))
+    take(scheduler.schedule())
+    for _ in range(10):
+        scheduled = scheduler.schedule()
+        assert len(scheduled) == 4
+        take(scheduled)
+    assert memory.preempted == []
+
+
+def test_flood_of_one_tenant_alone_is_left_in_peace() -> None:
+    memory = Memory()
+    scheduler = make_scheduler(memory, max_rows=4)
+    for serial in range(1, 20):
+        scheduler.add(make_row(serial))
+    for _ in range(10):
+        scheduled = scheduler.schedule()
+        assert serials(scheduled) == [1, 2, 3, 4]
+        take(scheduled)
+
+
+def test_nobody_gives_way_for_a_row_whose_prefix_is_not_ready() -> None:
+    memory = Memory()
+    scheduler = make_scheduler(memory, max_rows=2)
+    for serial in (1, 2, 3):
+        scheduler.add(make_row(serial, tenant="flood"))
+    take(scheduler.schedule())
+    scheduler.add(make_row(4, tenant="calm"))
+    memory.not_ready = {4}
+    take(scheduler.schedule())
+    assert memory.preempted == []
+
+
+def test_steps_are_kept_short_for_a_while_after_an_express_step() -> None:
+    memory = Memory()
+    scheduler = make_scheduler(memory, max_rows=8, max_step_tokens=400, prefill_chunk=100)
+    for serial in range(1, 40):
+        scheduler.add(make_row(serial, tenant="flood", num_tokens=90))
+    take(scheduler.schedule())
+    take(scheduler.schedule())
+    scheduler.add(make_row(50, tenant="calm", num_new=1))
+    scheduled = scheduler.schedule()
+    assert serials(scheduled) == [50]
+    take(scheduled)
+    end(scheduler, memory, scheduled[0].row)
+    for _ in range(20):
+        scheduled = scheduler.schedule()
+        assert sum(item.num_tokens for item in scheduled) <= 8 + 20
+        take(scheduled)

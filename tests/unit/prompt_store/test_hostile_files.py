@@ -288,7 +288,7 @@ def test_one_file_read_for_two_tasks_has_two_prefix_keys() -> None:
 def test_what_the_literature_warns_of_is_a_warning() -> None:
     few = make_file({"prompt_embeddings": random_embeddings(0, k=5)})
     checked = check_file(few, make_config(base_model_name_or_path="org/other"), backbone=BACKBONE)
-    assert [warning.split()[0] for warning in checked.warnings] == ["5", "The"]
+    assert [warning.partition(":")[0] for warning in checked.warnings] == ["few_virtual_tokens", "other_base_model"]
     assert not check_file(GOOD, make_config(base_model_name_or_path="org/TINY"), backbone=BACKBONE).warnings
 
 

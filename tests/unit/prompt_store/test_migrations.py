@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from sqlalchemy import URL, inspect, text
 from prompt_store import migrate
 from prompt_store.database import Database
 from prompt_store.errors import StorageFailed
+from prompt_store.manifest import Canary
 from prompt_store.models import Base
 from prompt_store.store import PromptStore
 from tests.unit.prompt_store.prompt_files import BACKBONE, make_config, make_file
@@ -64,6 +66,22 @@ def test_database_of_a_newer_release_is_refused_and_left_alone(tmp_path: Path) -
     database = Database(URL.create("sqlite", database=str(tmp_path / "catalog.sqlite3")))
     assert tables(database) == set(Base.metadata.tables)
     database.close()
+
+
+def test_database_of_the_previous_release_keeps_its_prompts_and_gains_what_is_new(tmp_path: Path) -> None:
+    with PromptStore.open(tmp_path, backbone=BACKBONE) as store:
+        key, _ = store.create_key("t", ["write"], "label")
+        before, _ = store.upload("t", "task", file=make_file(), config=make_config(), created_by=key.id)
+        migrate.downgrade(store._database.engine, "0001")
+    with PromptStore.open(tmp_path, backbone=BACKBONE) as store:
+        after = store.get_version("t", "task", 1)
+        assert after.provenance == replace(before.provenance, key_label=None, backbone_name=None)
+        assert replace(after, provenance=before.provenance) == before
+        assert (after.gate, after.probes_digest, store.get_task("t", "task").canary) == (None, None, None)
+        store.load(store.resolve("t", "task"))
+        store.upload("t", "task", file=make_file(seed=1), config=make_config())
+        assert store.update_task("t", "task", canary=Canary(1, 5)).canary == Canary(1, 5)
+        assert store.verify_key("wrong") is None
 
 
 def test_durability_settings_are_in_force(database: Database) -> None:

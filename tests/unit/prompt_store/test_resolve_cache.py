@@ -1,14 +1,15 @@
 from datetime import UTC, datetime
 
 from prompt_store.errors import StorageFailed
-from prompt_store.manifest import PromptVersion
-from prompt_store.resolve_cache import ResolveCache
+from prompt_store.manifest import PromptVersion, Provenance
+from prompt_store.resolve_cache import ResolveCache, Resolved
 
 KEY = ("t", "task")
 
 
-def make_version(number: int) -> PromptVersion:
-    return PromptVersion(
+def make_resolved(number: int) -> Resolved:
+    now = datetime.now(UTC)
+    version = PromptVersion(
         tenant="t",
         task="task",
         version=number,
@@ -19,12 +20,22 @@ def make_version(number: int) -> PromptVersion:
         task_index=None,
         num_virtual_tokens=1,
         num_bytes=1,
-        created_at=datetime.now(UTC),
+        created_at=now,
         created_by="",
         backbone="",
         state="active",
         metadata={},
+        provenance=Provenance(
+            training_run=None,
+            data_digest=None,
+            key_id=None,
+            key_label=None,
+            uploaded_at=now,
+            backbone_name=None,
+            backbone_fingerprint="",
+        ),
     )
+    return Resolved(version)
 
 
 class World:
@@ -51,9 +62,9 @@ def make_cache(world: World, max_entries: int = 10) -> ResolveCache:
 
 def test_what_was_put_is_found_until_this_process_writes() -> None:
     cache = make_cache(World())
-    version = make_version(1)
-    cache.put(KEY, version, cache.generation)
-    assert cache.get(KEY) is version
+    resolved = make_resolved(1)
+    cache.put(KEY, resolved, cache.generation)
+    assert cache.get(KEY) is resolved
     cache.clear()
     assert cache.get(KEY) is None
 
@@ -62,21 +73,21 @@ def test_what_was_read_before_a_write_is_not_remembered_after_it() -> None:
     cache = make_cache(World())
     generation = cache.generation
     cache.clear()
-    cache.put(KEY, make_version(1), generation)
+    cache.put(KEY, make_resolved(1), generation)
     assert cache.get(KEY) is None
 
 
 def test_foreign_changes_are_looked_for_once_an_interval() -> None:
     world = World()
     cache = make_cache(world)
-    cache.put(KEY, make_version(1), cache.generation)
+    cache.put(KEY, make_resolved(1), cache.generation)
     world.token = 1
     for _ in range(10):
         assert cache.get(KEY) is not None
     assert world.num_polls == 0
     world.now = 1.0
     assert cache.get(KEY) is None
-    cache.put(KEY, make_version(2), cache.generation)
+    cache.put(KEY, make_resolved(2), cache.generation)
     world.now = 2.0
     assert cache.get(KEY) is not None
     assert world.num_polls == 2
@@ -86,7 +97,7 @@ def test_everything_is_forgotten_once_an_interval_where_changes_cannot_be_seen()
     world = World()
     world.token = None
     cache = make_cache(world)
-    cache.put(KEY, make_version(1), cache.generation)
+    cache.put(KEY, make_resolved(1), cache.generation)
     world.now = 1.0
     assert cache.get(KEY) is None
 
@@ -94,7 +105,7 @@ def test_everything_is_forgotten_once_an_interval_where_changes_cannot_be_seen()
 def test_failing_disk_does_not_stop_answers_from_memory() -> None:
     world = World()
     cache = make_cache(world)
-    cache.put(KEY, make_version(1), cache.generation)
+    cache.put(KEY, make_resolved(1), cache.generation)
     world.fails, world.now = True, 1.0
     assert cache.get(KEY) is not None
 
@@ -102,6 +113,27 @@ def test_failing_disk_does_not_stop_answers_from_memory() -> None:
 def test_memory_is_bounded() -> None:
     cache = make_cache(World(), max_entries=3)
     for index in range(100):
-        cache.put(("t", f"task-{index}"), make_version(index + 1), cache.generation)
+        cache.put(("t", f"task-{index}"), make_resolved(index + 1), cache.generation)
         assert cache.num_entries <= 3
     assert cache.get(("t", "task-99")) is not None
+
+
+def test_own_write_that_changes_no_meaning_leaves_everything_remembered() -> None:
+    world = World()
+    cache = make_cache(world)
+    cache.put(KEY, make_resolved(1), cache.generation)
+    with cache.unaffected():
+        assert world.token == 0
+        world.token = 1
+    world.now = 10.0
+    assert cache.get(KEY) is not None
+
+
+def test_foreign_change_before_an_own_write_is_still_noticed() -> None:
+    world = World()
+    cache = make_cache(world)
+    cache.put(KEY, make_resolved(1), cache.generation)
+    world.token = 1
+    with cache.unaffected():
+        world.token = 2
+    assert cache.get(KEY) is None

@@ -18,6 +18,7 @@ from tests.unit.prompt_store.prompt_files import BACKBONE, make_config, make_fil
 REPOSITORY = Path(__file__).parents[3]
 CONFIG, OTHER_CONFIG = make_config(), make_config(num_layers=3)
 OLD, NEW = make_file(seed=1), make_file(seed=2)
+PROBES = b'{"prompt": "x", "completion": "y"}'
 
 
 def work(root: Path, operation: str, failpoint: str | None, acknowledgement: Path) -> None:
@@ -28,6 +29,10 @@ def work(root: Path, operation: str, failpoint: str | None, acknowledgement: Pat
             store.upload("t", "task", file=NEW, config=CONFIG)
         elif operation == "first_upload":
             store.upload("t", "fresh", file=NEW, config=OTHER_CONFIG)
+        elif operation == "gated_upload":
+            store.upload("t", "task", file=NEW, config=CONFIG, probes=PROBES, gate_threshold=1.0)
+        elif operation == "pass_gate":
+            store.set_gate("t", "task", 2, status="passed", score=1.0)
         elif operation == "activate":
             store.update_task("t", "task", active_version=2)
         elif operation == "rollback":
@@ -42,7 +47,12 @@ def work(root: Path, operation: str, failpoint: str | None, acknowledgement: Pat
 CASES = (
     [("upload", name) for name in failpoints.UPLOAD_FAILPOINTS]
     + [("first_upload", name) for name in failpoints.UPLOAD_FAILPOINTS]
-    + [(operation, name) for operation in ("activate", "rollback") for name in failpoints.ACTIVATE_FAILPOINTS]
+    + [("gated_upload", name) for name in failpoints.UPLOAD_FAILPOINTS]
+    + [
+        (operation, name)
+        for operation in ("activate", "rollback", "pass_gate")
+        for name in failpoints.ACTIVATE_FAILPOINTS
+    ]
     + [(operation, name) for operation in ("delete_version", "delete_task") for name in failpoints.DELETE_FAILPOINTS]
 )
 
@@ -78,6 +88,8 @@ def describe(store: PromptStore) -> dict[str, tuple[int | None, list[int]]]:
 def prepare(root: Path, operation: str) -> dict[str, tuple[int | None, list[int]]]:
     with PromptStore.open(root, backbone=BACKBONE) as store:
         store.upload("t", "task", file=OLD, config=CONFIG)
+        if operation == "pass_gate":
+            store.upload("t", "task", file=NEW, config=CONFIG, probes=PROBES, gate_threshold=1.0)
         if operation in ("activate", "rollback", "delete_version"):
             other = NEW if operation == "activate" else make_file(seed=3)
             store.upload("t", "task", file=other, config=CONFIG, activate=operation != "activate")
@@ -87,6 +99,8 @@ def prepare(root: Path, operation: str) -> dict[str, tuple[int | None, list[int]
 AFTER = {
     "upload": {"task": (2, [2, 1])},
     "first_upload": {"task": (1, [1]), "fresh": (1, [1])},
+    "gated_upload": {"task": (1, [2, 1])},
+    "pass_gate": {"task": (2, [2, 1])},
     "activate": {"task": (2, [2, 1])},
     "rollback": {"task": (1, [2, 1])},
     "delete_version": {"task": (2, [2])},
@@ -113,6 +127,8 @@ def test_killed_operation_leaves_the_old_or_the_new_state_and_no_leftovers(
         assert not list((root / "tmp").iterdir())
         for name in describe(store):
             store.load(store.resolve("t", name))
+            for version in store.list_versions("t", name):
+                assert (version.gate is None) == (store.read_probes(version) == ())
 
 
 @pytest.mark.parametrize("operation", AFTER)

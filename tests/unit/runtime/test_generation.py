@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 
 from server.engine.request import PromptRef, SamplingParams
 from server.errors import ContextLengthExceededError, InvalidRequestError
-from server.runtime.generation import GenerationSpec, check_length, derive_seed, make_generation, tokenize
+from server.runtime.generation import (
+    USUAL_ANSWER_TOKENS,
+    GenerationSpec,
+    check_length,
+    derive_seed,
+    make_generation,
+    tokenize,
+)
 from server.runtime.tokens import TokenCodec
 from tests.fakes import VOCAB_SIZE, ByteTokenizer
 
@@ -102,3 +109,41 @@ def test_rows_are_numbered_by_item_and_sample_and_hold_their_prompt() -> None:
     assert (generation.num_prompt_tokens, generation.num_virtual_tokens) == (3, 4)
     assert generation.digests == ("d" * 64, None)
     assert [item.text for item in generation.items] == ["x", None]
+
+
+@given(st.integers(1, 120), st.integers(0, 30), st.integers(1, 120), st.integers(0, 60), st.integers(1, 100))
+def test_a_row_may_fill_what_its_prompt_leaves(
+    tokens: int, virtual: int, bound: int, min_tokens: int, limit: int
+) -> None:
+    spec = GenerationSpec(
+        prompts=((1,) * tokens,), references=("t",), n=1, fills_context=True, param="messages",
+        sampling=SamplingParams(max_tokens=bound, min_tokens=min(min_tokens, bound)),
+    )  # fmt: skip
+    left = limit - tokens - virtual
+
+    def make() -> int:
+        generation = make_generation(
+            spec, generation_id="g", tenant="acme", token_ids=((1,) * tokens,),
+            prompts={"t": make_ref(num_virtual_tokens=virtual)}, max_model_len=limit,
+        )  # fmt: skip
+        return generation.rows[0].sampling.max_tokens
+
+    if left >= max(1, spec.sampling.min_tokens):
+        assert make() == min(bound, left)
+        return
+    with pytest.raises(ContextLengthExceededError) as refused:
+        make()
+    assert refused.value.param == ("max_tokens" if left > 0 else "messages")
+
+
+@pytest.mark.parametrize(("fills_context", "expected"), [(True, 2 * USUAL_ANSWER_TOKENS), (False, 2 * 4000)])
+def test_a_usual_answer_is_reckoned_with_where_the_client_set_no_bound(fills_context: bool, expected: int) -> None:
+    spec = GenerationSpec(
+        prompts=((1,),), references=("t",), n=2, fills_context=fills_context, sampling=SamplingParams(max_tokens=4000)
+    )
+    generation = make_generation(
+        spec, generation_id="g", tenant="acme", token_ids=((1,),), prompts={"t": None}, max_model_len=8192
+    )
+
+    assert generation.num_expected_tokens == expected
+    assert {row.sampling.max_tokens for row in generation.rows} == {4000}

@@ -103,7 +103,7 @@ def test_request_over_its_budget_is_refused(tmp_path: Path, spec: GenerationSpec
 
 
 def test_watcher_of_the_engine_outlives_an_error_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.runtime.service.WATCH_INTERVAL_S", 0.001)
+    monkeypatch.setattr("server.runtime.watch.WATCH_INTERVAL_S", 0.001)
 
     async def body(runtime: Runtime, parts: EchoServerParts) -> None:
         assert parts.engine is not None

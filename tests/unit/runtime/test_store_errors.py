@@ -19,6 +19,8 @@ EXPECTED = {
     store.KeyNotFound: (404, "not_found"),
     store.VersionConflict: (409, "version_conflict"),
     store.VersionActive: (409, "version_active"),
+    store.GateNotPassed: (409, "gate_not_passed"),
+    store.QuotaExceeded: (429, "quota_exceeded"),
     store.PromptCorrupt: (503, "prompt_corrupt"),
     store.StoreInUse: (503, "storage_failed"),
     store.StorageFull: (507, "storage_full"),

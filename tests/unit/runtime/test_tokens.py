@@ -78,3 +78,33 @@ def test_encode_and_decode_are_inverse(text: str) -> None:
     codec = TokenCodec(ByteTokenizer(), VOCAB_SIZE)
 
     assert codec.decode(codec.encode(text, add_special_tokens=True), skip_special_tokens=True) == text
+
+
+def make_byte_fallback() -> TokenCodec:
+    """Like Llama 2's: bytes that no word has are tokens of their own, named by their number."""
+    vocabulary = {"<unk>": 0, "<0xC3>": 1, "<0xA9>": 2, "a": 3}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return TokenCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer), len(vocabulary))
+
+
+@pytest.mark.parametrize("codec", [make_byte_level(), make_byte_fallback()], ids=["byte-level", "byte-fallback"])
+def test_parts_of_a_character_have_the_bytes_that_they_are(codec: TokenCodec) -> None:
+    names = {name: token_id for token_id, name in enumerate(codec.names(range(codec.vocab_size)))}
+    first, second = ("<0xC3>", "<0xA9>") if "<0xC3>" in names else ("Ã", "©")
+
+    assert codec.bytes_of(names[first]) + codec.bytes_of(names[second]) == "é".encode()
+    assert codec.text_of(names[first]) == REPLACEMENT
+    assert codec.bytes_of(names["a"]) == b"a"
+
+
+def test_every_byte_of_a_byte_level_vocabulary_is_found() -> None:
+    codec = make_byte_level()
+
+    assert sorted(codec.bytes_of(token_id) for token_id in range(256)) == [bytes([byte]) for byte in range(256)]
+    assert codec.bytes_of(256) == b" Paris"
+    assert codec.bytes_of(257) == b"<s>"
+
+
+def test_special_tokens_have_their_roles() -> None:
+    assert make_byte_level().special_tokens() == {"bos_token": "<s>"}

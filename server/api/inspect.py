@@ -1,0 +1,82 @@
+"""`GET …/versions/{version}/inspect`: what a prompt's numbers say, and how far they are from another version's."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+
+from prompt_store.manifest import PromptVersion
+from server import errors
+from server.api.common_schemas import documented_errors
+from server.api.dependencies import CurrentCaller, ReadyRuntime
+from server.api.inspect_schemas import InspectionObject, InspectQuery
+from server.api.strict_json import StrictJSONRoute
+from server.api.task_schemas import MAX_VERSION
+from server.errors import TaskNotFoundError
+from server.runtime.inspection import Inspection, inspect
+from server.runtime.parts import Parts
+
+router = APIRouter(route_class=StrictJSONRoute, tags=["tasks"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    version: PromptVersion
+    against: PromptVersion | None
+    inspection: Inspection
+
+
+@router.get(
+    "/v1/tasks/{task}/versions/{version}/inspect",
+    summary="Look into a prompt",
+    responses=documented_errors(
+        errors.InvalidRequestError,
+        errors.TaskNotFoundError,
+        errors.PromptMismatchError,
+        errors.PromptCorruptError,
+    ),
+)
+async def inspect_version(
+    task: str,
+    version: Annotated[int, Path(ge=1, le=MAX_VERSION)],
+    query: Annotated[InspectQuery, Query()],
+    runtime: ReadyRuntime,
+    caller: CurrentCaller,
+) -> InspectionObject:
+    """The tokens of the vocabulary nearest to each virtual token, its norm beside the vocabulary's, and, with
+    `against`, how far another version of the task is.
+
+    Prefixes hold keys and values, which lie next to no token: norms and distances are given layer by layer. 400 for
+    `against` of another kind.
+    """
+    parts = runtime.parts
+    # One at a time: a prompt may be large, and the engine needs the CPU more.
+    async with runtime.inspecting():
+        found = await runtime.call(_inspect, parts, caller.tenant, task, version, query)
+    return InspectionObject.of(
+        found.version, found.inspection, vocabulary=parts.backbone.vocabulary, against=found.against
+    )
+
+
+def _inspect(parts: Parts, tenant: str, task: str, version: int, query: InspectQuery) -> _Found:
+    tasks = parts.tasks
+    found = tasks.get_version(tenant, task, version).version
+    against = _find_against(parts, tenant, found, query.against) if query.against is not None else None
+    inspection = inspect(
+        tasks.read_prompt(found),
+        vocabulary=parts.backbone.vocabulary,
+        names=parts.codec,
+        top=query.top,
+        against=tasks.read_prompt(against) if against is not None else None,
+    )
+    return _Found(found, against, inspection)
+
+
+def _find_against(parts: Parts, tenant: str, version: PromptVersion, reference: str) -> PromptVersion:
+    try:
+        if not reference.startswith("sha256:"):
+            return parts.tasks.get_version(tenant, version.task, int(reference)).version
+        found = parts.tasks.find(tenant, f"{version.task}@{reference}")
+    except TaskNotFoundError as error:
+        raise TaskNotFoundError(error.message, param="against") from error
+    return found
