@@ -199,6 +199,24 @@ def test_422_says_which_shape_was_found_and_which_is_needed(server: LiveServer) 
     assert "8" in message.replace("[4, 16]", "")
 
 
+def test_429_says_when_to_try_again(data_dir: Path) -> None:
+    with running_server(data_dir, default_requests_per_minute=2) as live:
+        assert [live.post(BARE | {"max_tokens": 1}).status_code for _ in range(2)] == [200, 200]
+        answer = live.post(BARE | {"max_tokens": 1})
+
+    # Half a minute a request: the client is told at most that.
+    assert 1 <= int(answer.headers["retry-after"]) <= 30
+    check(
+        answer,
+        429,
+        message="Rate limit reached: 2 requests a minute, 0 left, 1 needed.",
+        error_type="rate_limit_error",
+        code="rate_limit_exceeded",
+        param="requests_per_minute",
+        retry_after=int(answer.headers["retry-after"]),
+    )
+
+
 def test_503_of_a_full_queue(data_dir: Path) -> None:
     with running_server(data_dir, max_waiting_rows=2) as live:
         live.engine.max_waiting_rows = 0
