@@ -234,7 +234,8 @@ def test_503_while_loading(data_dir: Path) -> None:
     parts = EchoServerParts()
     parts.load_gate.clear()
     with running_server(data_dir, parts=parts, wait=False) as live:
-        live.wait_until(lambda: live.runtime._keys is not None)
+        # Before the store is open nobody can be told from anybody.
+        live.wait_until(lambda: live.post(BARE).json()["error"]["message"] != "The store is being opened.")
         check(
             live.post(BARE),
             503,
