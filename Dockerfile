@@ -10,7 +10,7 @@
 # Code is loaded from /cache, which must not be mounted noexec; /tmp may be, and a plain `--tmpfs /tmp` is.
 # It listens on all addresses of the container, so it starts only once the store has a key:
 #
-#   docker run --rm -v promptmux-data:/data promptmux:cpu keys create --data /data --scope infer --scope write
+#   docker run --rm -v promptmux-data:/data promptmux:cpu keys create --data /data --scope admin --scope write --scope infer
 #   docker run --read-only --tmpfs /tmp -v promptmux-data:/data -v promptmux-cache:/cache \
 #     -p 127.0.0.1:8000:8000 promptmux:cpu
 

@@ -86,7 +86,10 @@ class Catalog:
         return version, created, stale
 
     def resolve(self, tenant: str, reference: Reference) -> Resolved | None:
-        """What is meant by `reference` in `tenant`, or in the shared tenant if `tenant` never had that name."""
+        """What is meant by `reference` in `tenant`, or in the shared tenant if `tenant` never had that name.
+
+        Without the details of gates: these are large, and what is resolved is remembered.
+        """
         with self._database.reading() as session:
             task = rows.find_task(session, tenant, reference.task)
             if task is None and tenant != SHARED_TENANT:
@@ -106,11 +109,11 @@ class Catalog:
             row = session.scalar(query)
             if row is None:
                 return None
-            version = rows.to_version(task, row)
+            version = gates.without_detail(rows.to_version(task, row))
             if canary is None:
                 return Resolved(version)
             canary_row = rows.get_version(session, task, canary.version)
-            return Resolved(version, rows.to_version(task, canary_row), canary.percent)
+            return Resolved(version, gates.without_detail(rows.to_version(task, canary_row)), canary.percent)
 
     def get_stored(self, tenant: str, task: str, version: int) -> Stored:
         """Raises TaskNotFound."""
@@ -153,6 +156,14 @@ class Catalog:
         )
         with self._database.reading() as session:
             return [rows.to_version(task, row) for task, row in session.execute(query)]
+
+    def pins(self) -> frozenset[tuple[str, str, int]]:
+        """Tenant, task and active version of pinned tasks."""
+        query = select(TaskRow.tenant, TaskRow.name, TaskRow.active_version)
+        query = query.where(TaskRow.pinned, TaskRow.deleted_at.is_(None))
+        with self._database.reading() as session:
+            found = session.execute(query)
+            return frozenset((tenant, task, version) for tenant, task, version in found if version is not None)
 
     def has_prefix(self, tenant: str, prefix_key: str) -> bool:
         """Whether any version of any of the tenant's tasks has this prefix key."""
@@ -271,12 +282,15 @@ class Catalog:
         status: GateStatus,
         score: float | None,
         detail: Mapping[str, Any],
+        measured: PromptVersion | None,
         actor: str,
     ) -> PromptVersion:
-        """Raises TaskNotFound, or InvalidValue for a version without a gate."""
+        """Raises TaskNotFound, InvalidValue for a version without a gate, or VersionConflict (`measured` is stale)."""
         with self._database.writing() as session:
             task_row = rows.get_task(session, tenant, task, lock=True)
             row = rows.get_version(session, task_row, version)
+            if measured is not None:
+                gates.check_measured(task_row, row, measured)
             gate = gates.move_gate(task_row, row, status, score, detail)
             if gate.status == "passed" and gate.activates and task_row.active_version != version:
                 if (task_row.active_version or 0) != gate.expected_version or row.quarantined_at is not None:
@@ -312,6 +326,11 @@ class Catalog:
         query = select(VersionRow.digest, VersionRow.config_digest, VersionRow.probes_digest)
         with self._database.reading() as session:
             return {digest for row in session.execute(query) for digest in row if digest is not None}
+
+    def num_versions(self) -> int:
+        # Without a column to look at, SQLite counts whole pages of an index.
+        with self._database.reading() as session:
+            return session.scalar(select(func.count()).select_from(VersionRow)) or 0
 
     def counts(self) -> StoreCounts:
         with self._database.reading() as session:

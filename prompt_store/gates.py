@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
-from prompt_store.errors import GateNotPassed, InvalidValue
-from prompt_store.manifest import Gate, GateStatus
+from prompt_store.errors import GateNotPassed, InvalidValue, VersionConflict
+from prompt_store.manifest import Gate, GateStatus, PromptVersion
 from prompt_store.models import TaskRow, VersionRow
 
 UNFINISHED: frozenset[GateStatus] = frozenset({"pending", "running"})
@@ -30,6 +30,13 @@ def read_gate(row: VersionRow) -> Gate | None:
         finished_at=None if finished_at is None else datetime.fromisoformat(finished_at),
         detail=MappingProxyType(row.gate["detail"]),
     )
+
+
+def without_detail(version: PromptVersion) -> PromptVersion:
+    """The version as it is, but for what its gate's check has to tell."""
+    if version.gate is None or not version.gate.detail:
+        return version
+    return replace(version, gate=replace(version.gate, detail=MappingProxyType({})))
 
 
 def write_gate(row: VersionRow, gate: Gate) -> None:
@@ -77,6 +84,22 @@ def check_gate(task: TaskRow, row: VersionRow) -> None:
             f"Version {row.version} of {task.name} has a gate with threshold {gate.threshold:g} that it has not "
             f"passed: its status is {gate.status}.",
             param="active_version",
+        )
+
+
+def check_measured(task: TaskRow, row: VersionRow, measured: PromptVersion) -> None:
+    """Raises VersionConflict when the gate, or the probes, are not those that `measured` had, or it has ended."""
+    gate, before = read_gate(row), measured.gate
+    if (
+        gate is None
+        or before is None
+        or gate.status not in UNFINISHED
+        or (gate.threshold, gate.activates, row.probes_digest)
+        != (before.threshold, before.activates, measured.probes_digest)
+    ):
+        raise VersionConflict(
+            f"The gate of version {row.version} of {task.name} was set anew, or ended, while it was being checked.",
+            param="version",
         )
 
 

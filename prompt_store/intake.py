@@ -1,6 +1,7 @@
 """Bounds and plain checks on what an upload brings, before anything looks inside the files."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +10,9 @@ from typing import Any
 from prompt_store.errors import FileTooLarge, InvalidValue
 from prompt_store.faults import storage_errors
 from prompt_store.manifest import Gate
+
+# The escape of a NUL character, and not the escape of a backslash in front of the text u0000.
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def read_upload(file: bytes | Path, max_bytes: int) -> bytes:
@@ -37,7 +41,7 @@ def check_metadata(metadata: Mapping[str, Any] | None, max_bytes: int, param: st
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidValue(f"{param} must be a JSON object of finite numbers and sound text.", param=param) from error
     check_size(param, data, max_bytes, param)
-    if "\\u0000" in text:
+    if _NUL.search(text):
         raise InvalidValue(f"{param} must not hold NUL characters.", param=param)
     return MappingProxyType(json.loads(text))
 

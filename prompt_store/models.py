@@ -49,7 +49,11 @@ class TaskRow(Base):
     """`deleted_at` makes a tombstone: the name stays taken, the versions are gone."""
 
     __tablename__ = "tasks"
-    __table_args__ = (UniqueConstraint("tenant", "name", name="uq_tasks_tenant_name"),)
+    __table_args__ = (
+        UniqueConstraint("tenant", "name", name="uq_tasks_tenant_name"),
+        # Pins are few, and are looked for after each change.
+        Index("ix_tasks_pinned", "pinned"),
+    )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     tenant: Mapped[str] = mapped_column(String(63))

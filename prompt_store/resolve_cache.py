@@ -64,6 +64,12 @@ class ResolveCache:
             self._poll()
         return self._entries.get(key)
 
+    def peek(self, key: CacheKey) -> Resolved | None:
+        """As `get`, but never looks for changes of others: None when it is time to."""
+        if self._clock() - self._last_poll >= self._poll_interval_s:
+            return None
+        return self._entries.get(key)
+
     def put(self, key: CacheKey, resolved: Resolved, generation: int) -> None:
         with self._lock:
             if generation != self._generation:

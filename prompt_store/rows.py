@@ -205,7 +205,7 @@ def check_quota(session: Session, upload: Upload) -> None:
     together. Raises QuotaExceeded.
     """
     quota = upload.quota
-    if quota is None:
+    if quota is None or (quota.max_prompts, quota.max_prompt_bytes, quota.max_virtual_tokens) == (None, None, None):
         return
     num_prompts, num_bytes, num_virtual_tokens = session.execute(
         select(

@@ -37,6 +37,8 @@ from prompt_store.tenants import TenantStore
 
 # A thousand, and the one that shows that there are more.
 _MAX_PAGE = 1001
+# What a gate's check has to tell, such as the probes that it did not pass.
+_MAX_DETAIL_BYTES = 64 * 1024
 
 
 class PromptStore(TenantStore):
@@ -138,16 +140,15 @@ class PromptStore(TenantStore):
 
         For a task with a canary, `request_id` decides between it and the active version, always in the same way; None
         means the active version. An own name shadows the shared one even while no version of it is active, and after it
-        was deleted: whom a name means never changes silently. Raises TaskNotFound, with one message for unknown,
-        foreign and malformed ones.
+        was deleted: whom a name means never changes silently. Its gate comes without detail. Raises TaskNotFound, with
+        one message for unknown, foreign and malformed ones.
         """
-        found = self._find(tenant, reference)
-        version = found.version
-        if found.canary is None or request_id is None:
-            return version
-        if is_canarys(request_id, version.tenant, version.task, found.percent):
-            return found.canary
-        return version
+        return _choose(self._find(tenant, reference), request_id)
+
+    def resolve_remembered(self, tenant: str, reference: str, *, request_id: str | None = None) -> PromptVersion | None:
+        """As `resolve`, where that takes no look at the database; else None. Never blocks, never raises."""
+        found = self._cache.peek((tenant, reference))
+        return None if found is None else _choose(found, request_id)
 
     def load(self, version: PromptVersion) -> SoftPrompt:
         """The numbers of a version, its digests verified now, and checked against the backbone now in force.
@@ -189,6 +190,10 @@ class PromptStore(TenantStore):
         """The active versions of pinned tasks, of all tenants."""
         return self._catalog.pinned_versions()
 
+    def pins(self) -> frozenset[tuple[str, str, int]]:
+        """Tenant, task and active version of pinned tasks: what `pinned_versions` would give, at less cost."""
+        return self._catalog.pins()
+
     def has_prefix(self, tenant: str, prefix_key: str) -> bool:
         """Whether any version of the tenant's has this `prefix_key`: two versions with the same file have the same."""
         return self._catalog.has_prefix(tenant, prefix_key)
@@ -202,9 +207,13 @@ class PromptStore(TenantStore):
         status: GateStatus,
         score: float | None = None,
         detail: Mapping[str, Any] | None = None,
+        measured: PromptVersion | None = None,
         actor: str = "",
     ) -> PromptVersion:
         """Say how far the check of a version's gate has come.
+
+        `measured` is the version as it was when its check began. VersionConflict is raised when the probes or what the
+        gate asks for are others by now, for what was found says nothing of them, and when the gate has ended.
 
         `passed` makes the version active in the same transaction if its gate activates; when another version than at
         the upload is active by now, the gate's status becomes `conflict` instead. `pending` and `running` forget the
@@ -212,9 +221,11 @@ class PromptStore(TenantStore):
         a version without a gate.
         """
         check_text(actor, "actor")
-        kept = check_metadata(detail, self.limits.max_metadata_bytes, "detail")
+        kept = check_metadata(detail, _MAX_DETAIL_BYTES, "detail")
         with storage_errors(), self._changing():
-            found = self._catalog.set_gate(tenant, task, version, status=status, score=score, detail=kept, actor=actor)
+            found = self._catalog.set_gate(
+                tenant, task, version, status=status, score=score, detail=kept, measured=measured, actor=actor
+            )
             failpoints.hit(failpoints.ACTIVATE_COMMITTED)
         return found
 
@@ -307,6 +318,10 @@ class PromptStore(TenantStore):
 
     # Totals
 
+    def num_versions(self) -> int:
+        """Of all tenants; far cheaper than `counts`."""
+        return self._catalog.num_versions()
+
     def counts(self) -> StoreCounts:
         """Totals over all tenants."""
         return self._catalog.counts()
@@ -348,6 +363,13 @@ class PromptStore(TenantStore):
             raise PromptStoreError("The store does not know yet which backbone its prompts must fit.")
         lower = min(self._backbone.max_virtual_tokens, self.limits.max_virtual_tokens)
         return dataclasses.replace(self._backbone, max_virtual_tokens=lower)
+
+
+def _choose(found: Resolved, request_id: str | None) -> PromptVersion:
+    version = found.version
+    if found.canary is None or request_id is None:
+        return version
+    return found.canary if is_canarys(request_id, version.tenant, version.task, found.percent) else version
 
 
 def _page(limit: int) -> int:

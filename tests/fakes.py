@@ -116,6 +116,7 @@ class EchoStatus:
     kv_usage_ratio: float
     prompts_resident: int
     heartbeat_age_s: float
+    usual_step_s: float | None
     failure: str | None
 
 
@@ -136,6 +137,7 @@ class EchoEngine:
     evicted: list[str] = field(default_factory=list)
     pinned: tuple[PromptRef, ...] = ()
     heartbeat_age_s: float = 0.0
+    usual_step_s: float | None = None
     stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -175,7 +177,15 @@ class EchoEngine:
 
     def status(self) -> EchoStatus:
         with self._changed:
-            return EchoStatus(len(self._rows), 0, 0.5, len(self._resident), self.heartbeat_age_s, self._failure)
+            return EchoStatus(
+                num_running=len(self._rows),
+                num_waiting=0,
+                kv_usage_ratio=0.5,
+                prompts_resident=len(self._resident),
+                heartbeat_age_s=self.heartbeat_age_s,
+                usual_step_s=self.usual_step_s,
+                failure=self._failure,
+            )
 
     def residency(self, prefix_key: str) -> Residency:
         return "device" if prefix_key in self._resident else "store"

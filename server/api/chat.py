@@ -10,7 +10,7 @@ from server.api.dependencies import CurrentCaller, CurrentContext, ReadyRuntime
 from server.api.generation_response import DIGEST_HEADER_DOCUMENTED, documented_generation_errors, respond
 from server.api.sampling_input import value_or
 from server.api.strict_json import StrictJSONRoute
-from server.runtime.service import RunningGeneration
+from server.runtime.in_flight import RunningGeneration
 
 router = APIRouter(route_class=StrictJSONRoute)
 

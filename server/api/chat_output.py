@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from server.api.generation_response import Json, ResponseWriter
 from server.engine.request import RowOutput, TokenLogprob
-from server.runtime.service import RunningGeneration
+from server.runtime.in_flight import RunningGeneration
 from server.runtime.tokens import TokenCodec
 
 _ROLE = "assistant"

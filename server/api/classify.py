@@ -37,8 +37,9 @@ from server.runtime.classification import (
     tokenize_inputs,
 )
 from server.runtime.generation import GenerationSpec
+from server.runtime.in_flight import RunningGeneration
 from server.runtime.receipts import RequestOrigin
-from server.runtime.service import RunningGeneration, Runtime
+from server.runtime.service import Runtime
 from server.tenancy.keys import Caller
 
 router = APIRouter(route_class=StrictJSONRoute)

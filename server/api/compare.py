@@ -18,6 +18,7 @@ from server.errors import InvalidRequestError, PermissionDeniedError, PromptmuxE
 from server.runtime.answers import tokenize_questions
 from server.runtime.comparison import MAX_INPUTS, Comparison, compare
 from server.runtime.service import Runtime
+from server.runtime.tasks import may_change
 from server.tenancy.keys import Caller
 
 DEFAULT_MAX_TOKENS = 32
@@ -42,7 +43,8 @@ async def compare_versions(
     """Both answer greedily, in the same batches, behind all other requests of the tenant.
 
     Inputs default to the probes that came with the second version, else with the first, at most 256 of them; 400 when
-    neither has any. Probes are shown where the answers differ, so that using them needs the scope `write`.
+    neither has any. Probes are shown where the answers differ, so that using them needs the scope `write` of the tenant
+    whose task it is.
     Completions, where they are known, are scored too.
     """
     context.task = task
@@ -58,10 +60,10 @@ async def compare_versions(
     if body.inputs is not None:
         param, texts = "inputs", _given_inputs(body.inputs)
     else:
-        if not caller.can("write"):
+        if not all(version is None or may_change(caller, version) for version in found):
             raise PermissionDeniedError(
-                "A version's probes are what its owner tests it by: comparing by them needs the scope 'write'. Send "
-                "inputs instead."
+                "A version's probes are what its owner tests it by: comparing by them needs the scope 'write' of its "
+                "tenant. Send inputs instead."
             )
         param, (inputs_of, texts) = "versions", await _probes(runtime, found)
     questions = await runtime.run_tokenizer(

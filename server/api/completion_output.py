@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from server.api.generation_response import Json, ResponseWriter, prompt_identity
 from server.engine.request import RowOutput, TokenLogprob
 from server.runtime.generation import GenerationItem
-from server.runtime.service import RunningGeneration
+from server.runtime.in_flight import RunningGeneration
 from server.runtime.tokens import OffsetCounter, TokenCodec
 
 

@@ -13,8 +13,8 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from server.runtime.in_flight import RunningGeneration
 from server.runtime.receipts import RequestOrigin
-from server.runtime.service import RunningGeneration
 from server.tenancy.keys import Caller
 
 REQUEST_ID_HEADER = "x-request-id"

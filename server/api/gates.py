@@ -28,4 +28,4 @@ async def run_gate(
     If it passes and its upload wanted it active, it becomes active, unless the active version changes meanwhile. An
     active version that fails stays active.
     """
-    return VersionObject.of(await runtime.call(runtime.parts.tasks.restart_gate, caller, task, version))
+    return VersionObject.of(await runtime.call(runtime.parts.tasks.restart_gate, caller, task, version), caller)

@@ -22,7 +22,8 @@ from server.api.sse import EventStream, cancel_on_disconnect
 from server.engine.request import PromptRef, RowOutput
 from server.errors import PromptmuxError
 from server.runtime.generation import Generation, GenerationSpec
-from server.runtime.service import RunningGeneration, Runtime
+from server.runtime.in_flight import RunningGeneration
+from server.runtime.service import Runtime
 from server.runtime.streams import RowStream, merge_outputs
 from server.tenancy.keys import Caller
 

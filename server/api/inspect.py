@@ -1,9 +1,9 @@
 """`GET …/versions/{version}/inspect`: what a prompt's numbers say, and how far they are from another version's."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
+from starlette.responses import Response
 
 from prompt_store.manifest import PromptVersion
 from server import errors
@@ -13,21 +13,15 @@ from server.api.inspect_schemas import InspectionObject, InspectQuery
 from server.api.strict_json import StrictJSONRoute
 from server.api.task_schemas import MAX_VERSION
 from server.errors import TaskNotFoundError
-from server.runtime.inspection import Inspection, inspect
+from server.runtime.inspection import inspect
 from server.runtime.parts import Parts
 
 router = APIRouter(route_class=StrictJSONRoute, tags=["tasks"])
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    version: PromptVersion
-    against: PromptVersion | None
-    inspection: Inspection
-
-
 @router.get(
     "/v1/tasks/{task}/versions/{version}/inspect",
+    response_model=InspectionObject,
     summary="Look into a prompt",
     responses=documented_errors(
         errors.InvalidRequestError,
@@ -42,7 +36,7 @@ async def inspect_version(
     query: Annotated[InspectQuery, Query()],
     runtime: ReadyRuntime,
     caller: CurrentCaller,
-) -> InspectionObject:
+) -> Response:
     """The tokens of the vocabulary nearest to each virtual token, its norm beside the vocabulary's, and, with
     `against`, how far another version of the task is.
 
@@ -52,13 +46,12 @@ async def inspect_version(
     parts = runtime.parts
     # One at a time: a prompt may be large, and the engine needs the CPU more.
     async with runtime.inspecting():
-        found = await runtime.call(_inspect, parts, caller.tenant, task, version, query)
-    return InspectionObject.of(
-        found.version, found.inspection, vocabulary=parts.backbone.vocabulary, against=found.against
-    )
+        answer = await runtime.call(_inspect, parts, caller.tenant, task, version, query)
+    return Response(answer, media_type="application/json")
 
 
-def _inspect(parts: Parts, tenant: str, task: str, version: int, query: InspectQuery) -> _Found:
+def _inspect(parts: Parts, tenant: str, task: str, version: int, query: InspectQuery) -> str:
+    """The answer's JSON, which may have megabytes: written here, in a thread, and not on the event loop."""
     tasks = parts.tasks
     found = tasks.get_version(tenant, task, version).version
     against = _find_against(parts, tenant, found, query.against) if query.against is not None else None
@@ -69,7 +62,9 @@ def _inspect(parts: Parts, tenant: str, task: str, version: int, query: InspectQ
         top=query.top,
         against=tasks.read_prompt(against) if against is not None else None,
     )
-    return _Found(found, against, inspection)
+    return InspectionObject.of(
+        found, inspection, vocabulary=parts.backbone.vocabulary, against=against
+    ).model_dump_json()
 
 
 def _find_against(parts: Parts, tenant: str, version: PromptVersion, reference: str) -> PromptVersion:

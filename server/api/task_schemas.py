@@ -5,8 +5,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from prompt_store.manifest import Canary, CanaryChange, Gate, GateStatus, Provenance
+from server.runtime.gates import FAILURES
 from server.runtime.stats import Latency, TaskStats
-from server.runtime.tasks import TaskView, VersionView
+from server.runtime.tasks import TaskView, VersionView, may_change
+from server.tenancy.keys import Caller
 
 Residency = Literal["device", "host", "store"]
 MAX_PAGE = 1000
@@ -132,10 +134,12 @@ class GateObject(BaseModel):
     num_probes: int
     activates: bool
     finished_at: int | None
-    detail: dict[str, Any]
+    detail: dict[str, Any] = Field(
+        description="`failures`, which holds texts of probes, is there for keys alone that may change the version."
+    )
 
     @classmethod
-    def of(cls, gate: Gate) -> Self:
+    def of(cls, gate: Gate, *, shows_probes: bool) -> Self:
         return cls(
             threshold=gate.threshold,
             status=gate.status,
@@ -143,7 +147,7 @@ class GateObject(BaseModel):
             num_probes=gate.num_probes,
             activates=gate.activates,
             finished_at=None if gate.finished_at is None else int(gate.finished_at.timestamp()),
-            detail=dict(gate.detail),
+            detail={name: value for name, value in gate.detail.items() if shows_probes or name != FAILURES},
         )
 
 
@@ -167,8 +171,10 @@ class VersionObject(BaseModel):
     warnings: list[str] = Field(description="Each begins with a stable code and a colon.")
 
     @classmethod
-    def of(cls, view: VersionView) -> Self:
+    def of(cls, view: VersionView, caller: Caller) -> Self:
+        """As `caller` may see it."""
         version = view.version
+        is_own = may_change(caller, version)
         return cls(
             task=version.task,
             version=version.version,
@@ -184,7 +190,7 @@ class VersionObject(BaseModel):
             residency=view.residency,
             metadata=dict(version.metadata),
             provenance=ProvenanceObject.of(version.provenance),
-            gate=None if version.gate is None else GateObject.of(version.gate),
+            gate=None if version.gate is None else GateObject.of(version.gate, shows_probes=is_own),
             warnings=list(version.warnings),
         )
 

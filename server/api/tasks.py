@@ -73,7 +73,7 @@ async def upload_version(
         raise
     uploads.labels(result="created" if is_new else "existing").inc()
     _note(context, view.version)
-    content = VersionObject.of(view).model_dump_json()
+    content = VersionObject.of(view, caller).model_dump_json()
     return Response(
         content,
         status_code=201 if is_new else 200,
@@ -161,7 +161,7 @@ async def list_versions(
     views, has_more = await runtime.call(
         runtime.parts.tasks.list_versions, caller.tenant, task, limit=page.limit, after=page.after
     )
-    return VersionList(data=[VersionObject.of(view) for view in views], has_more=has_more)
+    return VersionList(data=[VersionObject.of(view, caller) for view in views], has_more=has_more)
 
 
 @router.get(
@@ -170,7 +170,8 @@ async def list_versions(
     responses=documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError),
 )
 async def get_version(task: str, version: VersionNumber, runtime: ReadyRuntime, caller: CurrentCaller) -> VersionObject:
-    return VersionObject.of(await runtime.call(runtime.parts.tasks.get_version, caller.tenant, task, version))
+    view = await runtime.call(runtime.parts.tasks.get_version, caller.tenant, task, version)
+    return VersionObject.of(view, caller)
 
 
 @router.delete(

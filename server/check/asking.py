@@ -20,7 +20,11 @@ _DEFAULT_RETRY_S = 1.0
 
 
 class AskError(Exception):
-    """The server refused, failed, or answered something that is no completion. `code` is its own, if it gave one."""
+    """The server refused, failed, or answered something that is no completion. `code` is its own, if it gave one.
+
+    `status` is the HTTP status, or for what needs no answer of its own the one that would tell of it; None where nobody
+    answered as a promptmux server does.
+    """
 
     def __init__(self, message: str, *, status: int | None = None, code: str | None = None) -> None:
         super().__init__(message)

@@ -80,7 +80,7 @@ class IsolationCheck:
     async def _dtype(self) -> str:
         backbone = (await self._server.get("/version")).get("backbone")
         if not isinstance(backbone, dict):
-            raise AskError("the server has not loaded its backbone yet")
+            raise AskError("the server has not loaded its backbone yet", status=503)
         return str(backbone.get("dtype", "")).removeprefix("torch.")
 
     async def _ask_alone(self) -> None:

@@ -5,11 +5,14 @@ appears: a roll-out under the check is no mix-up.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from server.check.asking import AskError, Server
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +67,14 @@ async def _find(server: Server, reference: str) -> Subject:
         found = await server.get(f"/v1/models/{reference}")
         return Subject(name=reference, reference=str(found.get("id", reference)), digest=pinned.removeprefix("sha256:"))
     if at:
-        if not (pinned.isascii() and pinned.isdigit()):
-            raise AskError(f"{reference!r} is neither a task nor a version of one")
+        if not _VERSION.fullmatch(pinned):
+            raise AskError(f"{reference!r} is neither a task nor a version of one", status=400)
         version, note = int(pinned), None
     else:
         shown = await server.task(task)
         active = shown.get("active_version")
         if not isinstance(active, int):
-            raise AskError(f"{task} has no active version")
+            raise AskError(f"{task} has no active version", status=404)
         version, note = active, None
         if shown.get("canary"):
             # Its requests are answered by either of two versions: the check holds to one.

@@ -11,6 +11,7 @@ as in the server's settings.
 
 import difflib
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from server.cli.output import ExitCode, fail, say
 CLIENT_KEYS = ("url", "key")
 _COMPLETION_TIMEOUT_S = 1.0
 _MAX_COMPLETIONS = 1000
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 Url = Annotated[
     str | None,
@@ -87,12 +89,18 @@ TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name."
 
 def parse_reference(reference: str) -> tuple[str, int | None]:
     """`task` or `task@version`. Anything else behind the @ ends the command."""
-    task, at, version = reference.partition("@")
+    task, at, text = reference.partition("@")
     if not at:
         return task, None
-    if not (version.isascii() and version.isdigit()) or int(version) < 1:
-        fail(f"{version!r} is not a version number", code=ExitCode.USAGE, hint=f"{task}@1")
-    return task, int(version)
+    version = parse_version(text)
+    if version is None:
+        fail(f"{text[:80]!r} is not a version number", code=ExitCode.USAGE, hint=f"{task}@1")
+    return task, version
+
+
+def parse_version(text: str) -> int | None:
+    """A version's number, None for a text that cannot be one."""
+    return int(text) if _VERSION.fullmatch(text) else None
 
 
 def _read_client_file() -> dict[str, str]:

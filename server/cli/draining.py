@@ -6,13 +6,14 @@ uvicorn's open requests.
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 import uvicorn
@@ -51,18 +52,17 @@ class DrainingServer(uvicorn.Server):
         self._is_signalled = False
         self._signalled = asyncio.Event()
         self._exit_code = ExitCode.OK
-        self._has_engine_failed = False
 
-    def serve_on(self, listener: socket.socket) -> int:
-        """Serves until a signal or a failure ends it; returns the exit code, but for an engine that has failed."""
+    def serve_on(self, listener: socket.socket) -> NoReturn:
+        """Serves until a signal or a failure ends it, and the process with it."""
         self.run(sockets=[listener])
         _log.info("stopped")
-        if self._has_engine_failed:
-            # A thread that hangs on the device could hold up the interpreter's own end for ever.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(self._exit_code)
-        return self._exit_code
+        # All that is to last is written. The interpreter's own end takes seconds, to free a backbone and whatever was
+        # imported piece by piece, and a thread that hangs on the device could hold it up for ever.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self._exit_code)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Not uvicorn's own, which closes the sockets at once and raises the signal again afterwards."""
@@ -89,6 +89,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -127,7 +128,6 @@ class DrainingServer(uvicorn.Server):
     async def _end_when_engine_failed(self) -> None:
         """Ends the process as a signal would, so that whoever supervises it starts another; probes see it first."""
         await self._runtime.wait_until_engine_failed()
-        self._has_engine_failed = True
         self._exit_code = ExitCode.FAILED
         say(f"error: the engine has failed: {self._runtime.failure}")
         await asyncio.sleep(self._settings.failure_grace_s)

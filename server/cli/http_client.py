@@ -41,7 +41,7 @@ EXIT_CODES = {
 _HINTS = {
     400: "`promptmux COMMAND --help` tells what may be given",
     401: "give a key with --key or PROMPTMUX_KEY; `promptmux keys create` makes one",
-    403: "use a key with the scope that this needs: `promptmux keys create --scope infer --scope write`",
+    403: "use a key that has it: `promptmux keys create --scope …`, asked with an admin's key or with --data",
     404: "`promptmux ls` shows the tasks that this key sees",
     409: "`promptmux show TASK` tells what is active now",
     413: "the server's max_upload_bytes is the limit",

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.cli.connection import Json, Key, TaskName, Url, complete_task, connect, parse_reference
+from server.cli.connection import Json, Key, TaskName, Url, complete_task, connect, parse_reference, parse_version
 from server.cli.inputs import read_inputs
 from server.cli.output import ExitCode, fail, print_json, print_table, say, short_digest
 
@@ -80,10 +80,12 @@ def compare(
         return
     rows: list[tuple[str, object]] = [
         ("inputs", found.get("num_inputs")),
-        ("same answer", _number(found.get("agreement"))),
+        ("share of same answers", _number(found.get("agreement"))),
     ]
     if matches := found.get("exact_match"):
-        rows += [(f"right answers of {name}", _number(m)) for name, m in zip((first, second), matches, strict=True)]
+        rows += [
+            (f"share of right answers, {name}", _number(m)) for name, m in zip((first, second), matches, strict=True)
+        ]
     if change := found.get("logprob"):
         rows.append((f"log-likelihood of completions, {first}", _number(change.get("first"))))
         rows.append((f"log-likelihood of completions, {second}", _number(change.get("second"))))
@@ -99,13 +101,14 @@ def compare(
 def _parse_version(text: str) -> int | None:
     if text == _BACKBONE:
         return None
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+    version = parse_version(text)
+    if version is None:
         fail(
-            f"{text!r} is neither a version nor `{_BACKBONE}`",
+            f"{text[:80]!r} is neither a version nor `{_BACKBONE}`",
             code=ExitCode.USAGE,
             hint="promptmux show TASK lists them",
         )
-    return int(text)
+    return version
 
 
 def _print_objects(title: str, objects: dict[str, dict[str, Any]]) -> None:

@@ -69,7 +69,7 @@ def list_keys(data: Data = None, url: Url = None, key: Key = None, as_json: Json
     """List keys, revoked ones too; never their secrets."""
     keys: Sequence[dict[str, Any]]
     if data is not None:
-        with _open_store(data) as store:
+        with _open_store(data, is_new=False) as store:
             keys = [_describe(stored) for stored in store.list_keys()]
     else:
         with connect(url, key) as client:
@@ -109,7 +109,7 @@ def revoke(
 ) -> None:
     """Revoke a key: a running server refuses it within seconds."""
     if data is not None:
-        with _open_store(data) as store:
+        with _open_store(data, is_new=False) as store:
             store.revoke_key(key_id)
     else:
         with connect(url, key) as client:
@@ -121,12 +121,16 @@ def revoke(
 
 
 @contextmanager
-def _open_store(data: Path) -> "Iterator[PromptStore]":
-    """The store beside whoever serves it. Its errors end the command."""
+def _open_store(data: Path, *, is_new: bool = True) -> "Iterator[PromptStore]":
+    """The store beside whoever serves it, made if it `is_new`. Its errors end the command."""
     from prompt_store.errors import InvalidValue, KeyNotFound, PromptStoreError
+    from prompt_store.folder import CATALOG_FILE
     from prompt_store.store import PromptStore
 
     root = resolve_or_fail({"data_dir": data}, None).settings.data_dir
+    hint = "--data DIR, the folder that the server runs on"
+    if not is_new and not (root / CATALOG_FILE).exists():
+        fail(f"there is no store in {root}", code=ExitCode.NOT_FOUND, hint=hint)
     try:
         with PromptStore.open(root, exclusive=False) as store:
             yield store
@@ -135,7 +139,7 @@ def _open_store(data: Path) -> "Iterator[PromptStore]":
     except KeyNotFound as error:
         fail(error.message, code=ExitCode.NOT_FOUND, hint=f"promptmux keys ls --data {data}")
     except PromptStoreError as error:
-        fail(error.message, hint="--data DIR, the folder that the server runs on")
+        fail(error.message, hint=hint)
 
 
 def _describe(key: "StoredKey") -> dict[str, Any]:

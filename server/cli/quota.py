@@ -18,6 +18,8 @@ LIMITS = (
     "max_virtual_tokens",
 )
 _NO_LIMIT = "none"
+# More than any server takes.
+_MAX_DIGITS = 18
 
 Tenant = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant's name.")]
 
@@ -104,9 +106,9 @@ def set_limits(
 def _parse(name: str, value: str) -> int | None:
     if value == _NO_LIMIT:
         return None
-    if not (value.isascii() and value.isdigit()):
+    if not (value.isascii() and value.isdigit() and len(value) <= _MAX_DIGITS):
         flag = "--" + name.replace("_", "-")
-        fail(f"{flag} {value} is neither a number nor `{_NO_LIMIT}`", code=ExitCode.USAGE, hint=f"{flag} 100")
+        fail(f"{flag} {value[:80]} is neither a number nor `{_NO_LIMIT}`", code=ExitCode.USAGE, hint=f"{flag} 100")
     return int(value)
 
 

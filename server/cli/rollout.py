@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.cli.connection import Json, Key, TaskName, Url, connect
+from server.cli.connection import Json, Key, TaskName, Url, connect, parse_version
 from server.cli.output import ExitCode, fail, print_json, say
 
 Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="As `promptmux show` lists them.")]
@@ -73,9 +73,10 @@ def canary(
             fail("`off` takes no percentage", code=ExitCode.USAGE, hint=f"promptmux canary {task} off")
         wanted, done = None, f"{task}: no canary"
     else:
-        if not (version.isascii() and version.isdigit()) or int(version) < 1 or percent is None:
+        number = parse_version(version)
+        if number is None or percent is None:
             fail("a canary is a version and a percentage", code=ExitCode.USAGE, hint=f"promptmux canary {task} 7 10")
-        wanted = {"version": int(version), "percent": percent}
+        wanted = {"version": number, "percent": percent}
         done = f"{task}: version {version} answers {percent} % of the requests"
     with connect(url, key) as client:
         found = client.update_task(task, {"canary": wanted})

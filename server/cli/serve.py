@@ -5,11 +5,12 @@ together. Refuses to know how the app is built (`server.app`) and how it ends (`
 """
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -45,10 +46,13 @@ def serve(
     if not is_loopback(settings.host):
         _require_keys(settings)
     listener = bind(settings.host, settings.port)
-    raise typer.Exit(_serve(settings, listener, lambda: load_settings(given, config)))
+    if settings.metrics_port is not None:
+        # The app listens there; what would keep it from that is better known before anything slow has begun.
+        bind(settings.host, settings.metrics_port, flag="--metrics-port").close()
+    _serve(settings, listener, lambda: load_settings(given, config))
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, *, flag: str = "--port") -> socket.socket:
     """A socket bound to the address; a port in use ends the command before anything slow has begun."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -62,7 +66,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        fail(f"cannot listen on {host} port {port}: {error.strerror}", hint="--port 0 takes a free one")
+        fail(f"cannot listen on {host} port {port}: {error.strerror}", hint=f"{flag} 0 takes a free one")
     return listener
 
 
@@ -83,10 +87,12 @@ def _require_keys(settings: Settings) -> None:
         )
 
 
-def _serve(settings: Settings, listener: socket.socket, read_settings: Callable[[], Settings]) -> int:
+def _serve(settings: Settings, listener: socket.socket, read_settings: Callable[[], Settings]) -> NoReturn:
     from server.logs import configure_logging
 
     configure_logging(settings.log_format, settings.log_level)
+    # Its default would end the process while there is nothing yet that could read settings anew.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if sys.stderr.isatty():
         if settings.model is None:
             # Elsewhere it is made while the server already listens; here someone wants to see how far it is.
@@ -100,7 +106,7 @@ def _serve(settings: Settings, listener: socket.socket, read_settings: Callable[
         from server.app import create_app
     from server.cli.draining import DrainingServer
 
-    return DrainingServer(create_app(settings, read_settings=read_settings), settings).serve_on(listener)
+    DrainingServer(create_app(settings, read_settings=read_settings), settings).serve_on(listener)
 
 
 def make_embedded_backbone(cache_dir: Path) -> Path:

@@ -8,10 +8,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.doctor.findings import Finding, size_text
 from server.loopback import is_loopback
 from server.settings import GIB, Settings
+
+if TYPE_CHECKING:
+    import sqlalchemy
 
 _MIN_FREE_BYTES = GIB
 _NUM_SYNCS = 5
@@ -21,9 +25,12 @@ SLOW_SYNC_S = 0.05
 def check_data_folder(settings: Settings) -> Iterator[Finding]:
     """Room, and how long it takes until a write is on the disk: each upload waits for several such."""
     folder = _nearest(settings.data_dir)
-    if not os.access(folder, os.W_OK | os.X_OK):
+    try:
+        sync_s = measure_sync(folder)
+    except OSError as error:
+        # Tried, not asked: a superuser may write to a read-only disk as far as permissions tell.
         advice = "--data-dir DIR, a folder that this user may write to"
-        yield Finding("data folder", "wrong", f"{settings.data_dir} cannot be written to", advice)
+        yield Finding("data folder", "wrong", f"{settings.data_dir} cannot be written to: {error.strerror}", advice)
         return
     free = shutil.disk_usage(folder).free
     detail = f"{settings.data_dir}, {size_text(free)} free"
@@ -31,7 +38,6 @@ def check_data_folder(settings: Settings) -> Iterator[Finding]:
         yield Finding("data folder", "slow", detail, "make room: uploads are refused with 507 when it is full")
     else:
         yield Finding("data folder", "ok", detail)
-    sync_s = measure_sync(folder)
     if sync_s > SLOW_SYNC_S:
         advice = "put the data folder on a local SSD: each upload waits for several of these"
         yield Finding("fsync", "slow", f"{sync_s * 1000:.1f} ms", advice)
@@ -66,8 +72,7 @@ def check_store(settings: Settings) -> Iterator[Finding]:
     if not file.exists():
         yield Finding("store", "ok", "none yet; the first start makes it")
         return
-    url = sqlalchemy.URL.create("sqlite", database=f"file:{file}", query={"mode": "ro", "uri": "true"})
-    engine = sqlalchemy.create_engine(url)
+    engine = _read_only(file)
     try:
         revision = current_revision(engine)
         with engine.connect() as connection:
@@ -91,24 +96,59 @@ def check_store(settings: Settings) -> Iterator[Finding]:
 
 def check_port(settings: Settings) -> Iterator[Finding]:
     """Whether the address can be listened on now."""
+    for flag, port in (("--port", settings.port), ("--metrics-port", settings.metrics_port)):
+        error = None if port is None else _try_port(settings.host, port)
+        if error is not None:
+            advice = f"end what listens there (perhaps a promptmux that runs already: --url asks it), or {flag} 0"
+            yield Finding("port", "wrong", f"{settings.host} port {port}: {error.strerror}", advice)
+            return
     where = f"{settings.host} port {settings.port}"
+    if is_loopback(settings.host):
+        yield Finding("port", "ok", f"{where} is free; only this machine reaches it")
+    elif _has_keys(settings.data_dir):
+        yield Finding("port", "ok", f"{where} is free; other machines reach it", "put TLS in front of it")
+    else:
+        advice = f"serve refuses this without API keys: `promptmux keys create --data {settings.data_dir}` makes one"
+        yield Finding("port", "wrong", f"other machines would reach {where}, and the store has no API key", advice)
+
+
+def _try_port(host: str, port: int) -> OSError | None:
+    """What keeps one from listening there."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             listener.listen()
     except OSError as error:
-        advice = "end what listens there (perhaps a promptmux that runs already: --url asks it), or --port 0"
-        yield Finding("port", "wrong", f"{where}: {error.strerror}", advice)
-        return
-    if is_loopback(settings.host):
-        yield Finding("port", "ok", f"{where} is free; only this machine reaches it")
-    else:
-        advice = "serve refuses without API keys: `promptmux keys create --data DIR`; put TLS in front of it"
-        yield Finding("port", "ok", f"{where} is free; other machines reach it", advice)
+        return error
+    return None
+
+
+def _has_keys(data_dir: Path) -> bool:
+    import sqlalchemy
+
+    from prompt_store.folder import CATALOG_FILE
+    from prompt_store.models import KeyRow
+
+    engine = _read_only(data_dir / CATALOG_FILE)
+    try:
+        with engine.connect() as connection:
+            return connection.scalar(sqlalchemy.select(KeyRow.id).limit(1)) is not None
+    except sqlalchemy.exc.SQLAlchemyError:
+        # No store, or a damaged one, of which `check_store` tells.
+        return False
+    finally:
+        engine.dispose()
+
+
+def _read_only(file: Path) -> "sqlalchemy.Engine":
+    import sqlalchemy
+
+    url = sqlalchemy.URL.create("sqlite", database=f"file:{file}", query={"mode": "ro", "uri": "true"})
+    return sqlalchemy.create_engine(url)
 
 
 def measure_sync(folder: Path) -> float:

@@ -21,6 +21,7 @@ from server.engine.observer import EngineObserver, StepClock
 from server.engine.pipeline import DueStep, StepPipeline
 from server.engine.prefix import Residency
 from server.engine.prompt_intake import PromptIntake
+from server.engine.pulse import Pulse, step_kind
 from server.engine.request import FINISH_CANCELLED, FINISH_LENGTH, FINISH_STOP, PromptRef, RowOutput, RowRequest
 from server.engine.residency import PrefixResidency
 from server.engine.results import StepResults
@@ -81,6 +82,7 @@ class Engine:
             max_step_tokens=config.max_step_tokens,
             prefill_chunk=config.prefill_chunk,
             is_deterministic=config.is_deterministic,
+            has_express_steps=backbone.device.type == "cpu",
             try_admit=self._try_admit,
             try_extend=self._memory.extend,
             preempt=self._preempt,
@@ -110,7 +112,7 @@ class Engine:
         self._intake = PromptIntake(self._prefixes, self._memory, self._scheduler, self._auditor, self._end_row)
         self._deliver: Deliver = lambda outputs: None
         self._outputs: list[RowOutput] = []
-        self._heartbeat_s = time.monotonic()
+        self._pulse = Pulse()
         self._is_draining = False
         self._is_stopping = False
         self._failure: str | None = None
@@ -168,12 +170,14 @@ class Engine:
     def status(self) -> EngineStatus:
         with self._lock:
             num_waiting = self._num_waiting
+        silence_s, usual_step_s = self._pulse.look()
         return EngineStatus(
             num_running=len(self._scheduler.running),
             num_waiting=num_waiting,
             kv_usage_ratio=self._memory.usage_ratio,
             prompts_resident=len(self._prefixes.device),
-            heartbeat_age_s=time.monotonic() - self._heartbeat_s,
+            heartbeat_age_s=silence_s,
+            usual_step_s=usual_step_s,
             failure=self._failure,
         )
 
@@ -203,11 +207,12 @@ class Engine:
 
         The loop calls it; a test or an offline program that has not called `start` may call it in its place.
         """
-        self._heartbeat_s = time.monotonic()
+        self._pulse.begin(None)
         self._take_commands()
         self._intake.turn()
         worked = self._step()
         self._flush()
+        self._pulse.begin(None)
         return self._auditor.run_sometimes(is_idle=not worked) or worked
 
     def check_invariants(self) -> None:
@@ -238,6 +243,8 @@ class Engine:
         clock = StepClock()
         planned = self._pipeline.plan(self._scheduler.schedule())
         clock.planned()
+        if planned is not None:
+            self._pulse.begin(step_kind(planned[0].num_tokens, int(planned[0].lengths.max())))
         due = self._pipeline.launch(*planned, clock) if planned is not None else self._pipeline.take()
         if due is not None:
             self._collect(due)

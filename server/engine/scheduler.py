@@ -5,12 +5,15 @@ come first and keep their place, a row with more than one token to compute gets 
 admits waiting rows in the order of `waiting`.
 
 Whoever has more rows than the batch has places would fill all of them, and others would wait for a whole generation. So
-a tenant is entitled to a place at once when nothing of its runs, or all that it has is no more than its fair share of
-the places. Its new rows go first, in an express step: one that leaves out the rows of tenants that are not entitled, so
-that the first token does not wait for their tokens either. If need be the youngest row of the tenant that runs most
-gives way. Between two express steps there is an ordinary one, and for a while after one ordinary steps are kept short,
-by reading little of the prompts of tenants that are not entitled: whoever comes back finds a step under way, and waits
-for its end.
+a tenant may be entitled to a place at once (`shares`): its rows go before all that wait, and if need be the youngest
+row of the tenant that runs most gives way. What it gave up is kept for the next such row for a while.
+
+Where a step takes the longer the more tokens it has (on a CPU), a first token would wait for the tokens of all the
+others. There new rows of tenants that are small come in an express step, which leaves out the rows of tenants that are
+not. Between two express steps there is an ordinary one, and for a while after one ordinary steps are kept short, by
+reading little of the prompts of tenants that are not entitled: whoever comes back finds a step under way, and waits for
+its end. On a device that computes some hundred tokens in the time of one, that would cost most of its throughput and
+gain nothing.
 
 A row holds pages for what it has computed, not for what it may become. When a running row needs pages and there are
 none, another is preempted: the youngest of the tenant that holds most. It waits before the younger ones of its tenant
@@ -22,7 +25,7 @@ and is computed again later. Why this always comes to an end:
 - While a row that is next to be admitted finds no room nobody is admitted, but for rows entitled to a place that find
   room, so the running rows end one by one, oldest first, and at the latest when none is left there is room for it (the
   engine guarantees that for any row alone).
-- Another gives way only for a row that has computed nothing yet, and each row is that once.
+- Others give way for a row in one step only, whether it finds room by that or not, and never for one that has run.
 - Every waiting tenant's turn comes, since each row that is computed is charged to its tenant's balance; and within a
   tenant finitely many rows come before any. So every row comes to be the oldest that is left, and then runs to its end
   without giving way once more.
@@ -30,10 +33,11 @@ and is computed again later. Why this always comes to an end:
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from server.engine.row import Row, RowState
+from server.engine.shares import KeptPlaces, Shares
 from server.engine.waiting import DEFAULT_QUANTUM, WaitingRows
 
 # For so many steps after an express step, what tenants that are not entitled generate and read in one is kept to part
@@ -77,7 +81,8 @@ class Scheduler:
     With `is_deterministic` a step is one chunk of one row's client tokens, or one token each of all rows that have
     theirs behind them; chunks come first, and their bounds are multiples of `prefill_chunk` from the row's first token.
     Generated tokens that a preempted row computes again are computed one by one, as they were the first time. So the
-    shapes in which a token is computed depend on nothing but its place in its own row.
+    shapes in which a token is computed depend on nothing but its place in its own row. Nobody is entitled to a place
+    then. `has_express_steps` is for a device on which a step takes the longer the more tokens it has.
 
     Not thread-safe: the engine thread owns it. Other threads may read `num_preemptions`.
     """
@@ -93,6 +98,7 @@ class Scheduler:
         preempt: Callable[[Row], None],
         max_cold_prompts: int | None = None,
         is_deterministic: bool = False,
+        has_express_steps: bool = True,
         quantum: int = DEFAULT_QUANTUM,
     ) -> None:
         """Raises ValueError when a step could not hold every running row, or not a whole chunk where it must."""
@@ -111,10 +117,13 @@ class Scheduler:
         self._preempt = preempt
         self._max_cold_prompts = max_cold_prompts if max_cold_prompts is not None else 2 * max_rows
         self._is_deterministic = is_deterministic
+        self._has_express_steps = has_express_steps
         self._owes_decode_step = False
         self._owes_ordinary_step = False
         self._num_cautious_steps = 0
         self._quantum = quantum
+        self._kept = KeptPlaces()
+        self._recent: set[str] = set()  # tenants that had rows running when the last step was made
         self._num_charged: dict[Row, int] = {}  # how far each row's tokens have been charged
 
     def add(self, row: Row) -> None:
@@ -128,6 +137,7 @@ class Scheduler:
             self.running.remove(row)
         row.state = RowState.FINISHED
         self._num_charged.pop(row, None)
+        self._kept.end(row)
 
     def clear(self) -> None:
         """Forget all rows: the engine has ended."""
@@ -136,6 +146,7 @@ class Scheduler:
         self.running.clear()
         self.waiting = WaitingRows(self._quantum)
         self._num_charged.clear()
+        self._kept.clear()
 
     def schedule(self) -> list[ScheduledRow]:
         """The rows of the next step, each with pages for its tokens. Empty when nothing can run.
@@ -148,11 +159,14 @@ class Scheduler:
             if not step.num_tokens_of:
                 self._schedule_decodes(step)
         else:
-            shares = _Shares(self.running, self.waiting, self._max_rows)
+            self._kept.begin_step()
+            shares = Shares(self.running, self.waiting, self._max_rows, self._recent)
             if not self._schedule_express(step, shares):
+                self._give_places(step, shares)
                 self._schedule_running(step, shares)
                 if not step.has_preempted and not shares.has_made_way:
-                    self._schedule_waiting(step)
+                    self._schedule_waiting(step, shares)
+            self._recent = {row.request.tenant for row in self.running}
         for row, num_tokens in step.num_tokens_of.items():
             self._charge(row, num_tokens)
         return [ScheduledRow(row, num_tokens) for row, num_tokens in step.num_tokens_of.items()]
@@ -173,56 +187,65 @@ class Scheduler:
                 raise RuntimeError(f"row {row.row_id} is {row.state.value} among the waiting")
             row.check_invariants()
 
-    def _schedule_express(self, step: "_Step", shares: "_Shares") -> bool:
-        """First tokens of entitled tenants, without the rows of the others; False when there is nothing of the kind."""
-        may_be_express = not self._owes_ordinary_step
+    def _schedule_express(self, step: "_Step", shares: Shares) -> bool:
+        """First tokens of small tenants, without the rows of the others; False when there is nothing of the kind."""
+        may_be_express = self._has_express_steps and not self._owes_ordinary_step
         self._owes_ordinary_step = False
         self._num_cautious_steps = max(0, self._num_cautious_steps - 1)
-        entitled = {tenant for tenant in shares.tenants if shares.is_entitled(tenant)}
-        if not may_be_express or not entitled or entitled == shares.tenants:
+        if not may_be_express or not shares.small or shares.entitled == shares.tenants:
             return False
-        rows = [row for row in self.running if row.request.tenant in entitled]
+        rows = [row for row in self.running if row.request.tenant in shares.small]
         rows.sort(key=lambda r: (r.num_uncomputed > 1, r.serial))
-        budget = step.budget - len(rows)
-        for row in self._admissible(budget, self.waiting.of_tenants(entitled), shares):
-            num_tokens = min(row.num_uncomputed, self._prefill_chunk, budget)
-            step.add(row, num_tokens)
-            budget -= num_tokens
-            if budget <= 0:
-                break
-        if not step.num_tokens_of and not any(self._is_near_first_token(row) for row in rows):
+        self._admit(step, step.budget - len(rows), self.waiting.of_tenants(shares.small), shares=shares)
+        near = [(row, min(row.num_uncomputed, self._prefill_chunk)) for row in rows if self._is_near_first_token(row)]
+        if not step.num_tokens_of and not any(self._try_extend(row, num_tokens) for row, num_tokens in near):
             return False
         for row in rows:
             num_tokens = min(row.num_uncomputed, self._prefill_chunk, step.budget)
-            if row.state is RowState.RUNNING and num_tokens > 0 and self._try_extend(row, num_tokens):
+            if num_tokens > 0 and self._try_extend(row, num_tokens):
                 step.add(row, num_tokens)
-        self._owes_ordinary_step = bool(step.num_tokens_of)
-        if self._owes_ordinary_step:
-            self._num_cautious_steps = NUM_CAUTIOUS_STEPS
+        if step.num_tokens_of:
+            self._owes_ordinary_step, self._num_cautious_steps = True, NUM_CAUTIOUS_STEPS
         return self._owes_ordinary_step
 
-    def _is_near_first_token(self, row: Row) -> bool:
-        """A long prompt is many steps away from it: others need not wait for that."""
-        return row.num_prompt_tokens - self._prefill_chunk <= row.num_computed < row.num_prompt_tokens
+    def _give_places(self, step: "_Step", shares: Shares) -> None:
+        """Rows entitled to a place that no express step is for. A token is left for every row that runs already."""
+        entitled = shares.entitled
+        if entitled != shares.tenants:
+            tenants = entitled - shares.small if self._has_express_steps else entitled
+            num_others = min(len(self.running), self._max_rows - 1)
+            self._admit(step, step.budget - num_others, self.waiting.of_tenants(tenants), shares=shares)
 
-    def _schedule_running(self, step: "_Step", shares: "_Shares") -> None:
-        step.num_cautious_tokens = self._num_cautious_tokens(shares)
-        # Rows that decode first: a long prompt must not push the others' next token out of the step. Then the oldest,
-        # which must get on.
-        for row in sorted(self.running, key=lambda r: (r.num_uncomputed > 1, r.serial)):
-            num_tokens = min(row.num_uncomputed, self._prefill_chunk, step.budget)
-            if num_tokens > 1 and not shares.is_entitled(row.request.tenant):
-                num_tokens = self._with_caution(step, num_tokens)
-            self._take_in(step, row, num_tokens)
-
-    def _schedule_waiting(self, step: "_Step") -> None:
-        budget = self._with_caution(step, step.budget)
-        for row in self._admissible(budget, self.waiting):
+    def _admit(
+        self, step: "_Step", budget: int, rows: Iterable[Row], *, shares: Shares | None = None, num_kept: int = 0
+    ) -> None:
+        """Admit of these waiting rows what may be, with chunks of so many tokens together."""
+        for row in self._admissible(budget, rows, shares=shares, num_kept=num_kept):
             num_tokens = min(row.num_uncomputed, self._prefill_chunk, budget)
             step.add(row, num_tokens)
             budget -= num_tokens
             if budget <= 0:
                 return
+
+    def _is_near_first_token(self, row: Row) -> bool:
+        """A long prompt is many steps away from it: others need not wait for that."""
+        return row.num_prompt_tokens - self._prefill_chunk <= row.num_computed < row.num_prompt_tokens
+
+    def _schedule_running(self, step: "_Step", shares: Shares) -> None:
+        step.num_cautious_tokens = self._num_cautious_tokens(shares)
+        # Rows that decode first: a long prompt must not push the others' next token out of the step. Then the oldest,
+        # which must get on.
+        for row in sorted(self.running, key=lambda r: (r.num_uncomputed > 1, r.serial)):
+            if row in step.num_tokens_of:
+                continue
+            num_tokens = min(row.num_uncomputed, self._prefill_chunk, step.budget)
+            if num_tokens > 1 and not shares.is_entitled(row.request.tenant):
+                num_tokens = self._with_caution(step, num_tokens)
+            self._take_in(step, row, num_tokens)
+
+    def _schedule_waiting(self, step: "_Step", shares: Shares) -> None:
+        num_kept = len(self._kept) if shares.entitled != shares.tenants else 0
+        self._admit(step, self._with_caution(step, step.budget), self.waiting, num_kept=num_kept)
 
     def _with_caution(self, step: "_Step", num_tokens: int) -> int:
         """What of these tokens of prompts the step should read, if it comes soon after an express step."""
@@ -232,7 +255,7 @@ class Scheduler:
         step.num_cautious_tokens -= allowed
         return allowed
 
-    def _num_cautious_tokens(self, shares: "_Shares") -> int:
+    def _num_cautious_tokens(self, shares: Shares) -> int:
         """How much a short step may read of the prompts of tenants that are not entitled to a place."""
         num_decoding = sum(r.num_uncomputed == 1 and not shares.is_entitled(r.request.tenant) for r in self.running)
         least = min(MIN_CAUTIOUS_TOKENS, self._prefill_chunk)
@@ -282,18 +305,14 @@ class Scheduler:
         self.waiting.add(row, {other.request.tenant for other in self.running})
         self.num_preemptions += 1
 
-    def _can_make_way(self, row: Row, shares: "_Shares | None") -> bool:
+    def _can_make_way(self, row: Row, shares: Shares | None) -> bool:
         """Whether the tenant that runs most gives up a place for this row; not for one that has given way itself."""
-        if shares is None or row in self._num_charged or not shares.is_entitled(row.request.tenant):
-            return False
-        return shares.largest[0] >= shares.num_running[row.request.tenant] + 2
+        return shares is not None and row not in self._num_charged and shares.can_make_way_for(row.request.tenant)
 
-    def _make_way(self, shares: "_Shares") -> None:
+    def _make_way(self, shares: Shares) -> None:
         """Preempt the youngest row of the tenant that runs most. It runs two at least: the oldest of all is another."""
-        tenant = shares.largest[1]
+        tenant = shares.make_way()
         self._send_back(max((r for r in self.running if r.request.tenant == tenant), key=lambda r: r.serial))
-        shares.num_running[tenant] -= 1
-        shares.has_made_way = True
 
     def _charge(self, row: Row, num_tokens: int) -> None:
         """To the row's tenant, for those of its next `num_tokens` tokens that it has not computed before."""
@@ -315,9 +334,12 @@ class Scheduler:
         others = (row for row in self.running if row is not oldest)
         return max(others, key=lambda r: (num_pages_of[r.request.tenant], r.serial), default=None)
 
-    def _admissible(self, budget: int, rows: Iterable[Row], shares: "_Shares | None" = None) -> Iterator[Row]:
+    def _admissible(
+        self, budget: int, rows: Iterable[Row], *, shares: Shares | None = None, num_kept: int = 0
+    ) -> Iterator[Row]:
         """Admits of these waiting rows what may be; with `shares`, others give way for rows entitled to a place."""
-        if budget <= 0 or (shares is None and len(self.running) >= self._max_rows):
+        max_rows = max(1, self._max_rows - num_kept)
+        if budget <= 0 or (shares is None and len(self.running) >= max_rows):
             return
         not_ready: set[str] = set()  # many rows of one cold task count as one
         for row in rows:
@@ -329,12 +351,15 @@ class Scheduler:
                 continue
             if len(not_ready) >= self._max_cold_prompts:
                 return
-            if len(self.running) >= self._max_rows and not self._can_make_way(row, shares):
+            if len(self.running) >= max_rows and not self._can_make_way(row, shares):
                 return
             admission = self._try_admit(row)
             while admission is Admission.NO_ROOM and shares is not None and self._can_make_way(row, shares):
                 self._make_way(shares)
                 admission = self._try_admit(row)
+            if shares is not None and shares.has_made_way:
+                # Were it in vain, or were the row itself sent back, others must not give way for it once more.
+                self._num_charged.setdefault(row, 0)
             if admission is Admission.NO_ROOM:
                 if not self.running:
                     raise RuntimeError(f"row {row.row_id} has found no room although nothing runs")
@@ -342,33 +367,18 @@ class Scheduler:
             if admission is Admission.PREFIX_NOT_READY:
                 not_ready.add(key)
                 continue
-            if len(self.running) >= self._max_rows and shares is not None:
-                self._make_way(shares)
+            if shares is not None:
+                is_full = len(self.running) >= max_rows
+                if is_full:
+                    self._make_way(shares)
+                    self._num_charged.setdefault(row, 0)
+                self._kept.take(row, is_given_up=is_full)
             self.waiting.remove(row)
             row.state = RowState.RUNNING
             self.running.append(row)
             if shares is not None:
                 shares.num_running[row.request.tenant] += 1
             yield row
-
-
-class _Shares:
-    """Who has how many rows, and who is entitled to a place at once."""
-
-    def __init__(self, running: Collection[Row], waiting: WaitingRows, max_rows: int) -> None:
-        self.num_running = Counter(row.request.tenant for row in running)
-        self.tenants = {*self.num_running, *waiting.tenants}
-        self.has_made_way = False
-        share = max(1, max_rows // max(1, len(self.tenants)))
-        self._is_small = {t for t in self.tenants if self.num_running[t] + waiting.num_rows_of(t) <= share}
-
-    @property
-    def largest(self) -> tuple[int, str]:
-        """How many rows the tenant runs that runs most of those not entitled to a place, and which it is."""
-        return max(((n, t) for t, n in self.num_running.items() if not self.is_entitled(t)), default=(0, ""))
-
-    def is_entitled(self, tenant: str) -> bool:
-        return tenant in self._is_small or not self.num_running[tenant]
 
 
 class _Step:

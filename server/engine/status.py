@@ -16,4 +16,6 @@ class EngineStatus:
     kv_usage_ratio: float
     prompts_resident: int
     heartbeat_age_s: float
+    usual_step_s: float | None
+    """The slowest of late of steps like the one that runs now; None when it is like none before, or none runs."""
     failure: str | None

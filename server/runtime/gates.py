@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 NUM_SPARE_TOKENS = 4
 MAX_FAILURES_SHOWN = 10
+# Where a gate's detail holds texts of its probes.
+FAILURES = "failures"
 MAX_SHOWN_CHARS = 200
 # How long a full queue, or a tenant that has used up its quota, is left alone.
 RETRY_S = 1.0
@@ -161,7 +163,7 @@ class GateRunner:
         status: GateStatus = "passed" if score >= version.gate.threshold else "failed"
         detail = {
             "num_passed": num_passed,
-            "failures": [
+            FAILURES: [
                 {"prompt": _cut(question.prompt), "expected": _cut(question.completion or ""), "answer": _cut(text)}
                 for question, text in failures[:MAX_FAILURES_SHOWN]
             ],
@@ -231,4 +233,6 @@ def _max_tokens(question: Question) -> int:
 
 
 def _cut(text: str) -> str:
+    # The store keeps no NUL characters; an answer may be made of any bytes.
+    text = text.replace("\0", "\N{REPLACEMENT CHARACTER}")
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"

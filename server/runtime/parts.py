@@ -14,11 +14,16 @@ from server.metrics import Metrics
 from server.runtime.chat_template import ChatTemplate
 from server.runtime.demo import load_demo_prompts
 from server.runtime.protocols import BackboneLike, Deliver, EngineLike, LoadPrompt
+from server.runtime.receipts import ReceiptWriter
+from server.runtime.reload import default_limits
 from server.runtime.stats import TaskStatsTable
 from server.runtime.tasks import TaskService, load_prompt
 from server.runtime.tokens import TokenCodec
 from server.settings import Settings
+from server.tenancy.keys import KeyRing
 from server.tenancy.quotas import QuotaKeeper
+
+RECEIPTS_STOP_TIMEOUT_S = 5.0
 
 LoadBackbone = Callable[[Settings], BackboneLike]
 MakeEngine = Callable[[BackboneLike, Settings, Metrics, LoadPrompt], EngineLike]
@@ -26,6 +31,21 @@ MakeEngine = Callable[[BackboneLike, Settings, Metrics, LoadPrompt], EngineLike]
 
 class StartError(RuntimeError):
     """The server cannot start; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedStore:
+    """The store and what needs nothing but it: there before the backbone is."""
+
+    store: PromptStore
+    keys: KeyRing
+    quotas: QuotaKeeper
+    receipts: ReceiptWriter
+
+    def close(self) -> None:
+        """Writes the receipts that are queued, and gives the folder free. Blocking; may be called twice."""
+        self.receipts.stop(RECEIPTS_STOP_TIMEOUT_S)
+        self.store.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,37 +67,42 @@ class Parts:
         return self.chat_template
 
 
-def open_store(settings: Settings) -> PromptStore:
+def open_store(settings: Settings, metrics: Metrics) -> OpenedStore:
     """The store, which does not know its backbone yet. Raises StartError, for instance when another server has it."""
     limits = StoreLimits(max_file_bytes=settings.max_upload_bytes, max_virtual_tokens=settings.max_virtual_tokens)
     try:
-        return PromptStore.open(settings.data_dir, limits=limits)
+        store = PromptStore.open(settings.data_dir, limits=limits)
     except PromptStoreError as error:
         raise StartError(error.message) from error
+    receipts = ReceiptWriter(store, metrics, max_rows=settings.receipts_max_rows)
+    receipts.start()
+    return OpenedStore(
+        store=store, keys=KeyRing(store), quotas=QuotaKeeper(store, default_limits(settings)), receipts=receipts
+    )
 
 
 def load_parts(
     settings: Settings,
     metrics: Metrics,
     stats: TaskStatsTable,
-    store: PromptStore,
+    opened: OpenedStore,
     *,
     load_backbone: LoadBackbone,
     make_engine: MakeEngine,
     deliver: Deliver,
-    quotas: QuotaKeeper,
 ) -> Parts:
     """Loads the backbone, starts the engine, adds the demo prompts. Takes seconds; blocking.
 
     Raises what `load_backbone` and `make_engine` raise; no engine runs then.
     """
+    store = opened.store
     backbone = load_backbone(settings)
     store.use_backbone(backbone.shape(settings.max_virtual_tokens))
     engine = make_engine(backbone, settings, metrics, partial(load_prompt, store, metrics))
     if settings.demo_dir is not None:
         load_demo_prompts(store, settings.demo_dir)
     engine.start(deliver)
-    tasks = TaskService(store, engine, stats, metrics, backbone.name, quota_of=quotas.quota_of)
+    tasks = TaskService(store, engine, stats, metrics, backbone.name, quota_of=opened.quotas.quota_of)
     try:
         tasks.refresh()
     except BaseException:

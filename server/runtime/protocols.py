@@ -132,6 +132,11 @@ class EngineStatusLike(Protocol):
     @property
     def heartbeat_age_s(self) -> float: ...
     @property
+    def usual_step_s(self) -> float | None:
+        """The slowest of late of steps like the one that runs now; None when it is like none before, or none runs."""
+        ...
+
+    @property
     def failure(self) -> str | None: ...
 
 

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -19,21 +18,20 @@ import structlog
 
 from prompt_store.store import PromptStore
 from server.engine.request import PromptRef, RowOutput
-from server.errors import DrainingError, EngineFailedError, LoadingError, PromptmuxError
+from server.errors import DrainingError, EngineFailedError, LoadingError
 from server.metrics import Metrics
 from server.runtime.gates import GateRunner
 from server.runtime.generation import Generation, GenerationSpec, check_budget, make_generation, tokenize
-from server.runtime.meter import RequestMeter
-from server.runtime.parts import LoadBackbone, MakeEngine, Parts, StartError, load_parts, open_store
+from server.runtime.in_flight import RequestsInFlight, RunningGeneration
+from server.runtime.parts import LoadBackbone, MakeEngine, OpenedStore, Parts, StartError, load_parts, open_store
 from server.runtime.protocols import BackboneLike
-from server.runtime.receipts import ReceiptWriter, RequestOrigin, make_receipts
+from server.runtime.receipts import RequestOrigin, make_receipts
 from server.runtime.reload import ReadSettings, Reloaded, default_limits, reload_settings
 from server.runtime.stats import TaskStatsTable
-from server.runtime.streams import RowStream
-from server.runtime.watch import find_failure, wait_for_failure
+from server.runtime.watch import wait_for_failure
 from server.settings import Settings
 from server.tenancy.keys import Caller, KeyRing
-from server.tenancy.quotas import QuotaKeeper, Reservation
+from server.tenancy.quotas import QuotaKeeper
 
 R = TypeVar("R")
 
@@ -42,23 +40,12 @@ RuntimeState = Literal["loading", "ready", "draining", "failed"]
 # Text longer than this is tokenised in a thread: about the length whose tokens cost as much as the hop.
 MAX_INLINE_CHARS = 4096
 ENGINE_STOP_TIMEOUT_S = 5.0
-RECEIPTS_STOP_TIMEOUT_S = 5.0
 NUM_STORE_THREADS = 4
 NUM_TOKENIZER_THREADS = 2
 # An upload is held in memory while it is checked.
 MAX_UPLOADS_AT_ONCE = 2
 
 _log = structlog.get_logger("promptmux.runtime")
-
-
-@dataclass(frozen=True, slots=True)
-class RunningGeneration:
-    """A submitted request: read `stream` to its end or close it."""
-
-    generation: Generation
-    stream: RowStream
-    meter: RequestMeter
-    reservation: Reservation
 
 
 class Runtime:
@@ -85,14 +72,11 @@ class Runtime:
         self._state: RuntimeState = "loading"
         self._failure: str | None = None
         self._is_stopped = False
-        self._store: PromptStore | None = None
-        self._keys: KeyRing | None = None
-        self._quotas: QuotaKeeper | None = None
-        self._receipts: ReceiptWriter | None = None
+        self._opened: OpenedStore | None = None
         self._gates: GateRunner | None = None
         self._parts: Parts | None = None
         self._stats = TaskStatsTable()
-        self._running: dict[str, RunningGeneration] = {}
+        self._in_flight = RequestsInFlight(self._end_request)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._settled = asyncio.Event()
         self._engine_failed = asyncio.Event()
@@ -114,7 +98,7 @@ class Runtime:
 
     @property
     def num_running_requests(self) -> int:
-        return len({id(running) for running in self._running.values()})
+        return len(self._in_flight)
 
     @property
     def parts(self) -> Parts:
@@ -135,17 +119,17 @@ class Runtime:
     @property
     def keys(self) -> KeyRing:
         """Usable before the backbone is there. Raises as `parts` does."""
-        return self._opened(self._keys)
+        return self._require_opened().keys
 
     @property
     def quotas(self) -> QuotaKeeper:
         """Usable before the backbone is there. Raises as `parts` does."""
-        return self._opened(self._quotas)
+        return self._require_opened().quotas
 
     @property
     def store(self) -> PromptStore:
         """For what concerns keys and tenants; its methods block. Raises as `parts` does."""
-        return self._opened(self._store)
+        return self._require_opened().store
 
     def check_ready(self) -> None:
         """Raises the 503 that tells why no request can be taken now."""
@@ -160,7 +144,7 @@ class Runtime:
         """Raises EngineFailedError when only a restart helps."""
         if self._state == "failed":
             raise EngineFailedError("The engine has failed; the server must be restarted.")
-        if self._parts is not None and (reason := find_failure(self._parts.engine)) is not None:
+        if self._parts is not None and (reason := self._parts.engine.status().failure) is not None:
             raise EngineFailedError(f"The engine has failed: {reason}")
 
     def refresh_gauges(self) -> None:
@@ -209,7 +193,7 @@ class Runtime:
             await asyncio.to_thread(self._parts.engine.stop, ENGINE_STOP_TIMEOUT_S)
             # What the engine delivered last is already in the loop's queue; this lets it arrive.
             await asyncio.sleep(0)
-            self._fail_running(DrainingError("The server is shutting down."))
+            self._in_flight.fail(DrainingError("The server is shutting down."))
         if self._parts is not None or self._state == "failed":
             # While the backbone still loads, the loading thread closes the store when it finds the server gone.
             await asyncio.to_thread(self._close_store)
@@ -249,9 +233,7 @@ class Runtime:
 
         A request without `origin` never meets a canary.
         """
-        request_id = origin.request_id if origin is not None else None
-        found = await self.call(self.parts.tasks.resolve_all, caller.tenant, (reference,), request_id)
-        return found[reference]
+        return (await self._resolve_all(caller, (reference,), origin))[reference]
 
     async def prepare(self, caller: Caller, spec: GenerationSpec, *, origin: RequestOrigin | None = None) -> Generation:
         """Resolves, tokenises and checks a request. Raises the errors of `server.errors`; nothing runs yet.
@@ -263,8 +245,7 @@ class Runtime:
         check_budget(spec, max_tokens=self.settings.max_request_tokens, max_rows=self.settings.max_waiting_rows)
         if not self.quotas.is_fresh(caller.tenant):
             await self.call(self.quotas.refresh, caller.tenant)
-        request_id = origin.request_id if origin is not None else None
-        prompts = await self.call(parts.tasks.resolve_all, caller.tenant, spec.references, request_id)
+        prompts = await self._resolve_all(caller, spec.references, origin)
         token_ids = await self.run_tokenizer(spec.num_chars, tokenize, spec, parts.codec)
         return make_generation(
             spec,
@@ -297,22 +278,25 @@ class Runtime:
         except BaseException:
             self.quotas.cancel(reservation)
             raise
-        meter = RequestMeter(generation, arrived_at_s=arrived_at_s)
-        stream = RowStream(
-            [row.row_id for row in generation.rows],
-            cancel=engine.cancel,
-            on_end=partial(self._end_request, meter, reservation, origin),
+        # Outputs are dispatched through the loop, so none can have been missed since the submission.
+        return self._in_flight.add(
+            generation, reservation, arrived_at_s=arrived_at_s, origin=origin, cancel=engine.cancel
         )
-        running = RunningGeneration(generation, stream, meter, reservation)
-        # Outputs reach `_dispatch` through the loop, so none can have been missed since the submission.
-        for row in generation.rows:
-            self._running[row.row_id] = running
-        return running
 
-    def _opened(self, part: R | None) -> R:
+    async def _resolve_all(
+        self, caller: Caller, references: Sequence[str], origin: RequestOrigin | None
+    ) -> dict[str, PromptRef | None]:
+        """At once where the store remembers them: a hop to its threads costs more than all else of most requests."""
+        tasks, request_id = self.parts.tasks, origin.request_id if origin is not None else None
+        remembered = tasks.resolve_remembered(caller.tenant, references, request_id)
+        if remembered is not None:
+            return remembered
+        return await self.call(tasks.resolve_all, caller.tenant, references, request_id)
+
+    def _require_opened(self) -> OpenedStore:
         """Raises what tells why there is no store yet."""
-        if part is not None:
-            return part
+        if self._opened is not None:
+            return self._opened
         if self._state == "failed":
             raise EngineFailedError("The server could not start; its log says why.")
         raise LoadingError("The store is being opened.")
@@ -320,21 +304,15 @@ class Runtime:
     def _load(self) -> None:
         """The body of the loading thread."""
         try:
-            store = open_store(self.settings)
-            self._store = store
-            self._quotas = QuotaKeeper(store, default_limits(self.settings))
-            self._keys = KeyRing(store)
-            self._receipts = ReceiptWriter(store, self.metrics, max_rows=self.settings.receipts_max_rows)
-            self._receipts.start()
+            opened = self._opened = open_store(self.settings, self.metrics)
             parts = load_parts(
                 self.settings,
                 self.metrics,
                 self._stats,
-                store,
+                opened,
                 load_backbone=self._load_backbone,
                 make_engine=self._make_engine,
                 deliver=self._deliver,
-                quotas=self._quotas,
             )
         except Exception as error:
             reason = str(error) or type(error).__name__
@@ -375,34 +353,18 @@ class Runtime:
         self._close_store()
 
     def _close_store(self) -> None:
-        if self._receipts is not None:
-            self._receipts.stop(RECEIPTS_STOP_TIMEOUT_S)
-        if self._store is not None:
-            self._store.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _deliver(self, outputs: Sequence[RowOutput]) -> None:
         """Called on the engine's thread, once a step."""
-        self._to_loop(self._dispatch, outputs)
+        self._to_loop(self._in_flight.dispatch, outputs)
 
-    def _dispatch(self, outputs: Sequence[RowOutput]) -> None:
-        for output in outputs:
-            running = self._running.get(output.row_id)
-            if running is not None:
-                running.meter.observe(output)
-                running.stream.push(output)
-
-    def _end_request(
-        self, meter: RequestMeter, reservation: Reservation, origin: RequestOrigin | None, stream: RowStream
-    ) -> None:
-        for row_id in stream.row_ids:
-            self._running.pop(row_id, None)
-        meter.finish(self._stats)
-        self.quotas.settle(reservation, num_new_tokens=meter.completion_tokens)
-        if origin is not None and self._receipts is not None:
-            self._receipts.put(make_receipts(meter, origin))
-
-    def _fail_running(self, error: PromptmuxError) -> None:
-        self._dispatch([RowOutput(row_id=row_id, error=error) for row_id in list(self._running)])
+    def _end_request(self, running: RunningGeneration) -> None:
+        self.quotas.settle(running.reservation, num_new_tokens=running.meter.completion_tokens)
+        running.meter.finish(self._stats)
+        if running.origin is not None:
+            self._require_opened().receipts.put(make_receipts(running.meter, running.origin))
 
     async def _watch_engine(self) -> None:
         """Ends all requests with an error when the engine dies or hangs: it may be past telling them itself."""
@@ -411,7 +373,7 @@ class Runtime:
         self._failure = reason
         self._state = "failed"
         try:
-            self._fail_running(EngineFailedError("The engine has failed; the server must be restarted."))
+            self._in_flight.fail(EngineFailedError("The engine has failed; the server must be restarted."))
         finally:
             self._engine_failed.set()
 

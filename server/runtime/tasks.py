@@ -74,6 +74,13 @@ def resident_key(version: PromptVersion) -> str:
     return f"{version.tenant}/{version.prefix_key}"
 
 
+def may_change(caller: Caller, version: PromptVersion) -> bool:
+    """Whether the version is the caller's to change, and what it is tested by the caller's to read: that others may
+    use what is in the tenant `shared` does not make it theirs.
+    """
+    return caller.can("admin") or (caller.can("write") and caller.tenant == version.tenant)
+
+
 def to_ref(version: PromptVersion) -> PromptRef:
     """What a row holds of a version."""
     return PromptRef(
@@ -125,6 +132,7 @@ class TaskService:
         self._quota_of = quota_of if quota_of is not None else store.get_quota
         self._gate_listener: Callable[[PromptVersion], None] = lambda version: None
         self._refreshing = threading.Lock()
+        self._pins: frozenset[tuple[str, str, int]] = frozenset()
 
     def on_pending_gate(self, listener: Callable[[PromptVersion], None]) -> None:
         """Have `listener` called, on the uploading thread, for every version that came with a gate to be checked."""
@@ -138,6 +146,21 @@ class TaskService:
         `request_id` decides between a task's active version and its canary; None means the active one.
         """
         return {reference: self._resolve(tenant, reference, request_id) for reference in dict.fromkeys(references)}
+
+    def resolve_remembered(
+        self, tenant: str, references: Sequence[str], request_id: str | None = None
+    ) -> dict[str, PromptRef | None] | None:
+        """As `resolve_all`, where the store remembers every one of them; else None. Never blocks."""
+        found: dict[str, PromptRef | None] = {}
+        for reference in dict.fromkeys(references):
+            if reference == self._backbone_name:
+                found[reference] = None
+                continue
+            version = self._store.resolve_remembered(tenant, reference, request_id=request_id)
+            if version is None:
+                return None
+            found[reference] = to_ref(version)
+        return found
 
     def find(self, tenant: str, reference: str) -> PromptVersion:
         """The version that a reference (`task`, `task@7`, `task@sha256:…`) stands for now."""
@@ -198,7 +221,10 @@ class TaskService:
     def set_gate(
         self, version: PromptVersion, *, status: GateStatus, score: float | None, detail: Mapping[str, Any]
     ) -> PromptVersion:
-        """How far the check of a version's gate has come. One that passes may become active by this."""
+        """How far the check of a version's gate has come, `version` being what the check began with.
+
+        One that passes may become active by this. A gate that was set anew meanwhile is a conflict.
+        """
         with client_errors():
             found = self._store.set_gate(
                 version.tenant,
@@ -207,6 +233,7 @@ class TaskService:
                 status=status,
                 score=score,
                 detail=detail,
+                measured=version,
                 actor=SERVER_ACTOR,
             )
             if found.state == "active":
@@ -241,7 +268,7 @@ class TaskService:
                 quota=self._quota_of(caller.tenant),
                 created_by=caller.key_id or "",
             )
-            self.refresh()
+            self.refresh(pins_too=not is_new)
             if version.gate is not None and version.gate.status == "pending":
                 self._gate_listener(version)
             return self._view_version(version), is_new
@@ -318,12 +345,17 @@ class TaskService:
         with client_errors():
             yield from self._store.iter_receipts(tenant, after=after, task=task, request_id=request_id)
 
-    def refresh(self) -> None:
-        """Tells the engine what is pinned, and the metrics how many prompts there are."""
+    def refresh(self, *, pins_too: bool = True) -> None:
+        """Tells the metrics how many prompts there are, and the engine what is pinned; without `pins_too`, only if that
+        has changed since it was told.
+        """
         # Read and told as one: of two threads, the one that read first could otherwise have the last word.
         with client_errors(), self._refreshing:
-            self._engine.pin([to_ref(version) for version in self._store.pinned_versions()])
-            self._metrics.prompts_registered.set(self._store.counts().num_versions)
+            pins = self._store.pins()
+            if pins_too or pins != self._pins:
+                self._engine.pin([to_ref(version) for version in self._store.pinned_versions()])
+                self._pins = pins
+            self._metrics.prompts_registered.set(self._store.num_versions())
 
     def _resolve(self, tenant: str, reference: str, request_id: str | None) -> PromptRef | None:
         if reference == self._backbone_name:

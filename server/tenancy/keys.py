@@ -64,6 +64,8 @@ class KeyRing:
         self._lock = threading.Lock()
         # Keyed by the secret's hash: secrets are not kept in memory. None is a secret that no key has.
         self._known: OrderedDict[bytes, tuple[float, Caller | None]] = OrderedDict()
+        # Of revocations: what was looked up before one is not remembered after it.
+        self._num_revoked = 0
         self._keyless_until_s = 0.0
         # A server that has once asked for keys never falls back to letting everyone in when the last one goes.
         self._has_had_keys = False
@@ -98,16 +100,12 @@ class KeyRing:
             raise AuthenticationError("No API key was given: send it as 'Authorization: Bearer <key>'.")
         digest = _hash(secret)
         with self._lock:
-            found = self._known.get(digest)
+            found, num_revoked = self._known.get(digest), self._num_revoked
         if found is not None and now < found[0]:
             caller = found[1]
         else:
             caller = self._look_up(secret)
-            with self._lock:
-                self._known[digest] = (now + CACHE_TTL_S, caller)
-                self._known.move_to_end(digest)
-                while len(self._known) > MAX_CACHED_KEYS:
-                    self._known.popitem(last=False)
+            self._remember(digest, caller, now + CACHE_TTL_S, num_revoked)
         if caller is None:
             raise AuthenticationError("The API key is not valid.")
         return caller
@@ -115,6 +113,7 @@ class KeyRing:
     def forget(self, key_id: str) -> None:
         """The key was revoked: this server refuses it at once."""
         with self._lock:
+            self._num_revoked += 1
             for digest, (_, caller) in list(self._known.items()):
                 if caller is not None and caller.key_id == key_id:
                     del self._known[digest]
@@ -122,6 +121,15 @@ class KeyRing:
     def require_keys(self) -> None:
         """A key was made: from now on this server asks for one."""
         self._has_had_keys = True
+
+    def _remember(self, digest: bytes, caller: Caller | None, until_s: float, num_revoked: int) -> None:
+        with self._lock:
+            if num_revoked != self._num_revoked:
+                return
+            self._known[digest] = (until_s, caller)
+            self._known.move_to_end(digest)
+            while len(self._known) > MAX_CACHED_KEYS:
+                self._known.popitem(last=False)
 
     def _look_up(self, secret: str) -> Caller | None:
         key = self._store.verify_key(secret)

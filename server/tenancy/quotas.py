@@ -103,6 +103,8 @@ class QuotaKeeper:
         now_s = self._clock()
         with self._lock:
             account = self._account(tenant)
+            # Those that were seen last come last.
+            self._accounts[tenant] = self._accounts.pop(tenant)
             account.limits = self._defaults.under(quota)
             account.fresh_until_s = now_s + CACHE_TTL_S
             account.requests = _fit(account.requests, account.limits.requests_per_minute, now_s)

@@ -28,6 +28,7 @@ _LIMITS = (
 def upgrade() -> None:
     op.add_column("tasks", sa.Column("canary_version", sa.Integer(), nullable=True))
     op.add_column("tasks", sa.Column("canary_percent", sa.Integer(), nullable=True))
+    op.create_index("ix_tasks_pinned", "tasks", ["pinned"])
     op.add_column("versions", sa.Column("provenance", sa.JSON(), nullable=False, server_default="{}"))
     op.add_column("versions", sa.Column("gate", sa.JSON(), nullable=True))
     op.add_column("versions", sa.Column("probes_digest", sa.String(64), nullable=True))
@@ -65,5 +66,6 @@ def downgrade() -> None:
     op.drop_index("ix_versions_probes_digest", "versions")
     for column in ("probes_digest", "gate", "provenance"):
         op.drop_column("versions", column)
+    op.drop_index("ix_tasks_pinned", "tasks")
     for column in ("canary_percent", "canary_version"):
         op.drop_column("tasks", column)

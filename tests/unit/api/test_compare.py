@@ -229,3 +229,27 @@ def test_probes_are_used_by_those_alone_who_may_write(tmp_path: Path) -> None:
         assert client.post(url, json=by_probes, headers=keys["write"]).status_code == 200
         given = by_probes | {"inputs": [{"prompt": "x"}]}
         assert client.post(url, json=given, headers=keys["infer"]).status_code == 200
+
+
+def test_probes_of_a_shared_version_are_not_for_every_tenant_that_may_write(tmp_path: Path) -> None:
+    with PromptStore.open(tmp_path / "data") as store:
+        own, foreign, operator = (
+            {"authorization": f"Bearer {store.create_key(tenant, scopes)[1]}"}
+            for tenant, scopes in (("shared", ["infer", "write"]), ("acme", ["infer", "write"]), ("ops", ["admin"]))
+        )
+    with running_server(tmp_path / "data") as live, live.client() as client:
+        files = {
+            "file": ("adapter_model.safetensors", make_prompt_file(0.1)),
+            "config": ("adapter_config.json", make_prompt_config()),
+            "probes": ("probes.jsonl", b'{"prompt": "secret", "completion": "x"}'),
+        }
+        assert client.post("/v1/tasks/all/versions", files=files, headers=own).status_code == 201
+        url, by_probes = "/v1/tasks/all/compare", {"versions": [1, None]}
+
+        refused = client.post(url, json=by_probes, headers=foreign)
+
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope")
+        assert "secret" not in refused.text
+        assert {client.post(url, json=by_probes, headers=key).status_code for key in (own, operator)} == {200}
+        given = by_probes | {"inputs": [{"prompt": "x"}]}
+        assert client.post(url, json=given, headers=foreign).status_code == 200

@@ -180,6 +180,29 @@ def test_progress_is_told(held: LiveServer, monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [{"num_done": 32}, {"num_passed": 40, "failures": []}]
 
 
+def test_what_was_answered_to_the_first_probes_does_not_pass_the_second(held: LiveServer) -> None:
+    assert held.upload("moved", 0.1).status_code == 201
+    upload(held, "moved", 0.2, good("moved", 2), threshold=0.0)
+    wait_for_status(held, "moved", 2, "running")
+    assert upload(held, "moved", 0.2, [("q", "no")], threshold=1.0).json()["gate"]["status"] == "pending"
+
+    held.engine.gate.set()
+
+    found = wait_for_end(held, "moved", 2)
+    assert (found["state"], found["gate"]["status"], found["gate"]["score"]) == ("inactive", "failed", 0.0)
+
+
+def test_failures_in_any_script_and_of_any_bytes_are_shown(server: LiveServer) -> None:
+    long = "漢" * MAX_SHOWN_CHARS
+    probes = [(f"{number}{long}", f"\N{GRINNING FACE}{long}") for number in range(MAX_FAILURES_SHOWN - 1)]
+    upload(server, "scripts", 0.1, [*probes, ("\x01" * 99 + "\\u0000", "no")])
+
+    found = wait_for_end(server, "scripts", 1)
+
+    assert found["gate"]["status"] == "failed"
+    assert found["gate"]["detail"]["failures"][-1]["prompt"] == "\x01" * 99 + "\\u0000"
+
+
 def test_a_deleted_version_takes_its_gate_with_it(held: LiveServer) -> None:
     upload(held, "gone", 0.1, good("gone", 1))
     wait_for_status(held, "gone", 1, "running")
@@ -236,8 +259,7 @@ def test_a_drain_gives_what_runs_back_and_the_next_start_takes_it_up(tmp_path: P
         upload(live, "second", 0.1, good("second", 1))
         wait_for_status(live, "first", 1, "running")
         live.runtime._loop.call_soon_threadsafe(live.runtime.start_drain)  # type: ignore[union-attr]
-        store = live.runtime._store
-        assert store is not None
+        store = live.runtime.store
         live.wait_until(lambda: store.get_version("default", "first", 1).gate.status == "pending")  # type: ignore[union-attr]
         live.wait_until_idle()
         assert live.engine.cancelled
@@ -251,8 +273,6 @@ def test_what_a_crash_left_running_is_begun_anew(tmp_path: Path) -> None:
         live.engine.gate.clear()
         upload(live, "left", 0.1, good("left", 1))
         wait_for_status(live, "left", 1, "running")
-        store = live.runtime._store
-        assert store is not None
         # The store as it is when the process dies: nothing is given back.
         live.runtime.parts.tasks.set_gate = lambda version, **_: version  # type: ignore[method-assign]
     with running_server(tmp_path / "data") as live:
@@ -305,3 +325,37 @@ def test_a_quota_that_stays_used_up_ends_the_gate(tmp_path: Path, monkeypatch: p
         assert found["gate"]["status"] == "error"
         assert found["gate"]["detail"]["code"] == "quota_exceeded"
         assert found["state"] == "inactive"
+
+
+def test_texts_of_probes_are_shown_to_those_alone_who_may_change_the_version(tmp_path: Path) -> None:
+    with running_server(tmp_path / "data") as live, live.client() as client:
+        store = live.runtime.store
+        keys = {
+            name: {"authorization": f"Bearer {store.create_key(tenant, scopes)[1]}"}
+            for name, tenant, scopes in (
+                ("infer", "shared", ["infer"]),
+                ("write", "shared", ["infer", "write"]),
+                ("foreign", "acme", ["infer", "write"]),
+                ("admin", "ops", ["admin"]),
+            )
+        }
+        files: dict[str, Any] = {
+            "file": ("adapter_model.safetensors", make_prompt_file(0.1)),
+            "config": ("adapter_config.json", make_prompt_config()),
+            "probes": ("probes.jsonl", b'{"prompt": "secret", "completion": "x"}'),
+        }
+        url = "/v1/tasks/tried/versions"
+        posted = client.post(url, data={"gate_threshold": "1"}, files=files, headers=keys["write"])
+        assert posted.status_code == 201
+
+        def seen_by(name: str) -> dict[str, Any]:
+            found: dict[str, Any] = client.get(f"{url}/1", headers=keys[name]).json()["gate"]
+            return found
+
+        live.wait_until(lambda: seen_by("write")["status"] == "failed")
+        for name in ("write", "admin"):
+            assert seen_by(name)["detail"]["failures"][0]["prompt"] == "secret"
+        for name in ("infer", "foreign"):
+            assert seen_by(name)["detail"] == {"num_passed": 0}
+            assert "secret" not in client.get(url, headers=keys[name]).text
+            assert (seen_by(name)["status"], seen_by(name)["score"]) == ("failed", 0.0)

@@ -108,8 +108,7 @@ def test_gated_version_is_inactive_until_its_gate_is_passed(ungated: tuple[LiveS
         assert refused.headers["x-should-retry"] == "false"
     assert ask(live, "gated", "r") == 1
 
-    store = live.runtime._store
-    assert store is not None
+    store = live.runtime.store
     store.set_gate("default", "gated", 2, status="passed", score=1.0)
     seen = request(live, "GET", "/v1/tasks/gated/versions/2").json()
     assert (seen["state"], seen["gate"]["status"], seen["gate"]["score"]) == ("active", "passed", 1.0)

@@ -216,7 +216,7 @@ def test_reader_that_stops_is_cancelled_and_holds_little_memory(data_dir: Path) 
 
         def is_cancelled() -> bool:
             nonlocal most_pending
-            running = next(iter(live.runtime._running.values()), None)
+            running = next(iter(live.runtime._in_flight._of_row.values()), None)
             if running is not None:
                 most_pending = max(most_pending, running.stream.num_pending)
             return len(live.engine.cancelled) == 8

@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.strict_json import parse_json
+from server.api import strict_json
+from server.api.strict_json import MAX_INLINE_BYTES, parse_json
 from server.errors import InvalidRequestError
+from tests.unit.api.live_server import LiveServer
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -50,3 +53,20 @@ def test_what_is_not_one_value_is_refused_by_name(body: bytes, param: str | None
 def test_no_bytes_raise_anything_else(body: bytes) -> None:
     with contextlib.suppress(InvalidRequestError):
         parse_json(body)
+
+
+@pytest.mark.parametrize(("num_chars", "is_in_thread"), [(10, False), (MAX_INLINE_BYTES, True)])
+def test_a_long_body_is_not_read_on_the_event_loop(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, num_chars: int, is_in_thread: bool
+) -> None:
+    threads: list[str] = []
+
+    def noted(body: bytes) -> object:
+        threads.append(threading.current_thread().name)
+        return parse_json(body)
+
+    monkeypatch.setattr(strict_json, "parse_json", noted)
+    answer = server.post({"model": "tiny/echo", "prompt": "x", "user": "u" * num_chars})
+
+    assert answer.status_code == (400 if is_in_thread else 200)
+    assert [name != "live-server" for name in threads] == [is_in_thread]

@@ -1,12 +1,13 @@
 """A process for the tests of signals: the real `DrainingServer` around the smallest app that can drain.
 
-    python -m tests.unit.cli.drainable_app [--fail] [--timeout SECONDS]
+    python -m tests.unit.cli.drainable_app [--fail] [--timeout SECONDS] [--hangs]
 
 `/stream` sends a line, waits until `/finish` is called or the runtime stops, and tells in a last line which it was.
 """
 
 import argparse
 import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,7 +88,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fail", action="store_true")
     parser.add_argument("--timeout", type=float, default=30.0)
+    parser.add_argument("--hangs", action="store_true", help="a thread goes on when all else has ended")
     arguments = parser.parse_args()
+    if arguments.hangs:
+        threading.Thread(target=threading.Event().wait).start()
     settings = Settings(port=0, drain_timeout_s=arguments.timeout)
     server = DrainingServer(TinyApp(TinyRuntime(fails=arguments.fail)), settings)
     return server.serve_on(bind("127.0.0.1", 0))

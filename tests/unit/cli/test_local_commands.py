@@ -124,7 +124,7 @@ def test_wrong_scope_or_tenant_makes_no_key(tmp_path: Path, option: list[str]) -
 def test_a_folder_that_cannot_be_a_store_is_said_plainly(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
 
-    result = call("keys", "ls", "--data", str(tmp_path / "file"))
+    result = call("keys", "create", "--data", str(tmp_path / "file"))
 
     assert result.exit_code == ExitCode.FAILED
     assert "--data" in result.stderr

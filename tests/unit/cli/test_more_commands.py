@@ -64,7 +64,8 @@ def test_a_canary_is_set_shown_and_ended(two_versions: LiveServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("1",), ("off", "10"), ("0", "10"), ("x", "10"), ("1", "0"), ("1", "100"), ("off1",)]
+    "arguments",
+    [("1",), ("off", "10"), ("0", "10"), ("x", "10"), ("1", "0"), ("1", "100"), ("off1",), ("9" * 5000, "10")],
 )
 def test_what_is_no_canary_is_wrong_usage(two_versions: LiveServer, arguments: tuple[str, ...]) -> None:
     assert call(two_versions, "canary", "capitals", *arguments).exit_code == ExitCode.USAGE
@@ -157,6 +158,17 @@ def test_compare_shows_where_two_versions_differ(two_versions: LiveServer, tmp_p
     assert json.loads(bare.stdout)["versions"][0] is None
 
 
+@pytest.mark.parametrize("version", ["0", "x", "", "-1", "9" * 5000])
+@pytest.mark.parametrize("command", ["inspect", "rm", "check"])
+def test_what_is_no_version_is_told_before_anything_is_done(
+    two_versions: LiveServer, command: str, version: str
+) -> None:
+    done = call(two_versions, command, f"capitals@{version}")
+    assert done.exit_code in (ExitCode.USAGE, ExitCode.REFUSED), done.stderr
+    assert "error: " in done.stderr
+    assert len(done.stderr) < 300 or command == "check"
+
+
 def test_compare_without_inputs_needs_probes(two_versions: LiveServer) -> None:
     result = call(two_versions, "compare", "capitals", "1", "2")
 
@@ -215,6 +227,13 @@ def test_keys_are_made_listed_and_revoked_over_http(live: LiveServer) -> None:
     assert call(live, "ls", "--key", made["secret"]).exit_code == ExitCode.DENIED
 
 
+@pytest.mark.parametrize("arguments", [("ls",), ("revoke", "key_1")])
+def test_a_folder_without_a_store_has_no_keys_and_none_is_made(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(app, ["keys", *arguments, "--data", str(tmp_path / "mistyped")])
+    assert (done.exit_code, list(tmp_path.iterdir())) == (ExitCode.NOT_FOUND, [])
+    assert "there is no store" in done.stderr
+
+
 def test_the_last_admin_key_is_revoked_by_force_alone(live: LiveServer) -> None:
     made = json.loads(call(live, "keys", "create", "--scope", "admin", "--json").stdout)
 
@@ -246,7 +265,9 @@ def test_the_own_tenant_s_limits_need_no_name(live: LiveServer) -> None:
     assert json.loads(call(live, "quota", "show", "--json").stdout)["tenant"] == "default"
 
 
-@pytest.mark.parametrize("arguments", [(), ("--max-prompts", "many"), ("--max-prompts", "-1")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--max-prompts", "many"), ("--max-prompts", "-1"), ("--max-prompts", "9" * 5000)]
+)
 def test_what_is_no_limit_is_wrong_usage(live: LiveServer, arguments: tuple[str, ...]) -> None:
     assert call(live, "quota", "set", "acme", *arguments).exit_code == ExitCode.USAGE
 

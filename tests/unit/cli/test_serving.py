@@ -27,6 +27,13 @@ def test_a_signal_ends_an_idle_server_with_zero(start_process: StartProcess, sig
         assert process.wait(END_TIMEOUT_S) == 0
 
 
+def test_a_thread_that_hangs_does_not_hold_up_the_end(start_process: StartProcess) -> None:
+    process, _ = start_process(APP, "--hangs")
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(END_TIMEOUT_S) == 0
+
+
 def test_a_reload_of_wrong_settings_does_not_end_it(start_process: StartProcess) -> None:
     process, url = start_process(APP)
     process.send_signal(signal.SIGHUP)
@@ -113,15 +120,16 @@ def test_binding_wider_with_a_revoked_key_alone_is_no_way_in(tmp_path: Path) -> 
         assert store.has_keys()
 
 
-def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path, flag: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = run_command("serve", "--port", port, "--data-dir", str(tmp_path))
+        done = run_command("serve", "--port", "0", flag, port, "--data-dir", str(tmp_path))
 
     assert done.returncode == ExitCode.FAILED
-    assert "--port 0" in done.stderr
+    assert f"{flag} 0" in done.stderr
 
 
 def test_a_host_that_does_not_resolve_is_wrong_usage() -> None:

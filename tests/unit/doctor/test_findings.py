@@ -1,6 +1,7 @@
 """What the doctor finds: sound machines, and each thing that can be slow or wrong."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -110,9 +111,22 @@ def test_a_folder_that_cannot_be_written_is_wrong(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     chosen = settings(tmp_path)
 
-    assert one(storage.check_data_folder(chosen)).status == "wrong"
     assert one(storage.check_cache_folder(chosen)).status == "wrong"
     assert one(machine.check_temporary_folder(chosen)).status == "wrong"
+
+
+def test_a_data_folder_is_tried_for_permissions_do_not_tell_of_a_read_only_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> float:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(storage, "measure_sync", refuse)
+    found = one(storage.check_data_folder(settings(tmp_path)))
+
+    assert found.status == "wrong"
+    assert "Read-only" in found.detail
+    assert "--data-dir" in (found.advice or "")
 
 
 def test_a_slow_disk_is_slow_and_nothing_is_left_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,15 +187,23 @@ def test_a_port_in_use_is_wrong(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert one(storage.check_port(settings(tmp_path, port=port))).status == "wrong"
+        assert one(storage.check_port(settings(tmp_path, port=0, metrics_port=port))).status == "wrong"
 
     assert one(storage.check_port(settings(tmp_path, port=0))).status == "ok"
 
 
 def test_an_address_of_all_networks_is_told(tmp_path: Path) -> None:
-    found = one(storage.check_port(settings(tmp_path, host="0.0.0.0", port=0)))
+    chosen = settings(tmp_path, host="0.0.0.0", port=0)
+    without = one(storage.check_port(chosen))
+    assert without.status == "wrong", "serve would refuse"
+    assert "keys create" in (without.advice or "")
+    with PromptStore.open(chosen.data_dir) as store:
+        store.create_key("default", ["infer"])
 
+    found = one(storage.check_port(chosen))
+
+    assert (found.status, found.advice) == ("ok", "put TLS in front of it")
     assert "other machines reach it" in found.detail
-    assert "keys" in (found.advice or "")
 
 
 @pytest.fixture(scope="module")

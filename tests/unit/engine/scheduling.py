@@ -96,6 +96,7 @@ def make_scheduler(
     prefill_chunk: int = 50,
     max_cold_prompts: int | None = None,
     is_deterministic: bool = False,
+    has_express_steps: bool = True,
     quantum: int = 1,
 ) -> Scheduler:
     return Scheduler(
@@ -107,6 +108,7 @@ def make_scheduler(
         preempt=memory.preempt,
         max_cold_prompts=max_cold_prompts,
         is_deterministic=is_deterministic,
+        has_express_steps=has_express_steps,
         quantum=quantum,
     )
 

@@ -334,3 +334,7 @@ def test_status_and_metrics_count_what_there_is(llama: Backbone) -> None:
     assert stepped.count("generation_tokens_total") == 9
     assert stepped.count("prompt_tokens_total") == 9
     assert stepped.count("request_success_total", finish_reason="length") == 3
+
+
+def test_rows_are_left_out_of_steps_only_where_a_step_takes_the_longer_the_more_tokens_it_has(llama: Backbone) -> None:
+    assert SteppedEngine(llama).engine._scheduler._has_express_steps == (llama.device.type == "cpu")

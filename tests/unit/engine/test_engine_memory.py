@@ -69,6 +69,23 @@ def test_preempted_row_gives_its_prompts_logprobs_once_and_those_of_a_batch_of_o
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
+def test_row_that_gives_way_between_two_chunks_scores_its_prompt_once(llama: Backbone) -> None:
+    request = make_request("row", range(5, 40), max_tokens=2, prompt_logprobs=0)
+    expected = SteppedEngine(llama, prefill_chunk=8).run(request).prompt_logprobs
+    stepped = SteppedEngine(llama, prefill_chunk=8)
+    stepped.submit(request)
+    for _ in range(3):
+        stepped.turn()
+    (row,) = stepped.engine._scheduler.running
+    assert row.pending_prompt_logprobs, "nothing has been scored before it gives way"
+    stepped.engine._scheduler._send_back(row)
+    stepped.finish()
+    found = stepped.result("row").prompt_logprobs
+    assert found is not None
+    assert expected is not None
+    assert [entry and entry.token_id for entry in found] == [entry and entry.token_id for entry in expected]
+
+
 def test_cancelled_row_that_was_preempted_leaves_nothing(llama: Backbone) -> None:
     stepped = with_pages(llama, 16)
     stepped.submit(*(make_request(f"row-{i}", LONG, max_tokens=60) for i in range(4)))

@@ -1,14 +1,15 @@
 """Who runs next, and with how many tokens: random schedules over a ledger of few pages."""
 
 from collections import Counter
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from server.engine.row import Row, RowState
-from server.engine.scheduler import ScheduledRow, Scheduler
-from tests.unit.engine.scheduling import Memory, end, is_finished, make_row, make_scheduler, take
+from server.engine.scheduler import Admission, ScheduledRow, Scheduler
+from tests.unit.engine.scheduling import Memory, end, is_finished, make_row, make_scheduler
 
 TENANTS = ("a", "b", "c")
 
@@ -27,21 +28,65 @@ def victim_by_the_rule(rows: list[Row]) -> Row:
     raise AssertionError("the oldest row is alone")
 
 
-def is_victim_for_a_place(row: Row, rows: list[Row]) -> bool:
-    """The youngest row of a tenant that runs two at least."""
-    own = [other for other in rows if other.request.tenant == row.request.tenant]
-    return len(own) > 1 and row is max(own, key=lambda other: other.serial)
-
-
 class CheckedMemory(Memory):
-    """Checks each victim when it is preempted: for want of pages, or so that another tenant has a place."""
+    """Checks each victim when it is preempted: for want of pages, or so that another tenant has a place.
+
+    Nobody gives up a place for a row that has run, nor for the same row in two steps.
+    """
 
     scheduler: Scheduler
+    num_steps = 0
+    is_asked_for_a_place = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.was_given_way: dict[int, int] = {}  # in which step, by serial
+        self.has_run: set[int] = set()
+
+    def try_admit(self, row: Row) -> Admission:
+        self.is_asked_for_a_place, self.asking = True, row
+        return super().try_admit(row)
+
+    def try_extend(self, row: Row, num_tokens: int) -> bool:
+        self.is_asked_for_a_place = False
+        return super().try_extend(row, num_tokens)
 
     def preempt(self, row: Row) -> None:
         rows = [*self.scheduler.running, row]
-        assert row is victim_by_the_rule(rows) or is_victim_for_a_place(row, rows)
+        if self.is_asked_for_a_place:
+            self.check_gives_up_its_place(row, rows)
+        else:
+            assert row is victim_by_the_rule(rows)
         super().preempt(row)
+        row.num_in_flight = row.num_pending = 0
+        row.num_preemptions += 1
+
+    def check_gives_up_its_place(self, row: Row, rows: list[Row]) -> None:
+        """It is the youngest of its tenant, which keeps as many places as the other tenant then has."""
+        num_running = Counter(other.request.tenant for other in rows)
+        assert row is max((r for r in rows if r.request.tenant == row.request.tenant), key=lambda r: r.serial)
+        assert num_running[row.request.tenant] - 1 >= num_running[self.asking.request.tenant] + 1
+        assert self.asking.serial not in self.has_run
+        assert self.was_given_way.setdefault(self.asking.serial, self.num_steps) == self.num_steps
+
+
+class Launched:
+    """A row as it takes part in a step, and what comes of that."""
+
+    def __init__(self, item: ScheduledRow) -> None:
+        self.row, self.num_tokens, self.yields_token = item.row, item.num_tokens, item.yields_token
+        self.num_preemptions = item.row.num_preemptions
+        self.row.num_computed += self.num_tokens
+        self.row.num_in_flight += self.num_tokens
+        self.row.num_pending += self.yields_token
+
+    def collect(self) -> None:
+        if self.row.state is not RowState.RUNNING or self.row.num_preemptions != self.num_preemptions:
+            return
+        self.row.num_in_flight -= self.num_tokens
+        if self.yields_token:
+            self.row.num_pending -= 1
+            self.row.token_ids.append(2)
 
 
 class Schedule(RuleBasedStateMachine):
@@ -56,8 +101,21 @@ class Schedule(RuleBasedStateMachine):
         num_pages=st.integers(6, 14),
         max_cold=st.integers(1, 8),
         is_hasty=st.booleans(),
+        has_express_steps=st.booleans(),
+        overlaps=st.booleans(),
     )
-    def start(self, max_rows: int, spare: int, chunk: int, num_pages: int, max_cold: int, is_hasty: bool) -> None:
+    def start(
+        self,
+        max_rows: int,
+        spare: int,
+        chunk: int,
+        num_pages: int,
+        max_cold: int,
+        is_hasty: bool,
+        has_express_steps: bool,
+        overlaps: bool,
+    ) -> None:
+        self.has_express_steps, self.overlaps = has_express_steps, overlaps
         self.max_rows, self.chunk, self.max_cold = max_rows, chunk, max_cold
         self.budget = max(max_rows, chunk if self.is_deterministic else 1) + spare
         self.memory = CheckedMemory(num_pages, is_hasty=is_hasty, first_chunk=chunk)
@@ -68,12 +126,15 @@ class Schedule(RuleBasedStateMachine):
             prefill_chunk=chunk,
             max_cold_prompts=max_cold,
             is_deterministic=self.is_deterministic,
+            has_express_steps=has_express_steps,
         )
         self.memory.scheduler = self.scheduler
         self.rows: dict[int, Row] = {}
         self.shapes: dict[tuple[int, int], tuple[int, int, bool]] = {}
         self.next_serial = 1
         self.was_express = False
+        self.recent: set[str] = set()
+        self.in_flight: list[Launched] = []
 
     @rule(
         tenant=st.sampled_from(TENANTS),
@@ -109,6 +170,8 @@ class Schedule(RuleBasedStateMachine):
     def step(self) -> None:
         running = list(self.scheduler.running)
         order = list(self.scheduler.waiting)
+        small, entitled = self.small_and_entitled(running, order)
+        self.memory.num_steps += 1
         self.memory.asked.clear()
         self.memory.preempted.clear()
         num_preemptions = self.scheduler.num_preemptions
@@ -128,34 +191,65 @@ class Schedule(RuleBasedStateMachine):
         if self.is_deterministic:
             self.check_shapes(scheduled)
         else:
-            self.check_running(kept, tokens_of)
-        self.check_admitted(order, kept, tokens_of)
-        take(scheduled)
+            self.check_running(kept, scheduled, small)
+        tenants = {row.request.tenant for row in (*running, *order)}
+        self.check_admitted(order, kept, tokens_of, is_plain=not entitled or entitled == tenants)
+        self.recent = {row.request.tenant for row in self.scheduler.running}
+        self.memory.has_run |= tokens_of.keys()
+        self.launch(scheduled)
         for row in [row for row in self.rows.values() if is_finished(row)]:
             end(self.scheduler, self.memory, self.rows.pop(row.serial))
 
     def check_preempted(self, running: list[Row], tokens_of: dict[int, int]) -> None:
-        """They wait, hold nothing and take no part; the oldest is not among them."""
+        """They wait, hold nothing and take no part; the oldest is not among them.
+
+        One that has been given a place in this step may have to go again: pages are short for a row that decodes.
+        """
         preempted = self.memory.preempted
         assert len(set(preempted)) == len(preempted)
         for serial in preempted:
             row = self.rows[serial]
-            assert row in running
+            assert row in running or serial in self.memory.asked, "a row gave way that did not run"
             assert (row.state, row.pages, row.num_computed) == (RowState.WAITING, None, 0)
             assert serial not in tokens_of
         if running:
             assert min(row.serial for row in running) not in preempted
 
-    def check_running(self, kept: list[Row], tokens_of: dict[int, int]) -> None:
-        """Rows that decode take part in every ordinary step, and so does the oldest: it gets on whatever happens.
+    def small_and_entitled(self, running: list[Row], order: list[Row]) -> tuple[set[str], set[str]]:
+        """The tenants with no more than their share, and those who may have a place before it is their turn."""
+        num_running = Counter(row.request.tenant for row in running)
+        num_rows = num_running + Counter(row.request.tenant for row in order)
+        share = max(1, self.max_rows // max(1, len(num_rows)))
+        small = {tenant for tenant, number in num_rows.items() if number <= share}
+        is_recent = self.recent if running else set()
+        entitled = small | {t for t in num_rows if not num_running[t] and t not in is_recent}
+        return small, set() if self.is_deterministic else entitled
 
-        No two express steps follow each other.
+    def launch(self, scheduled: list[ScheduledRow]) -> None:
+        """Do the step; overlapped, its tokens are known when the next one has been scheduled."""
+        before, self.in_flight = self.in_flight, [Launched(item) for item in scheduled]
+        for launched in before if self.overlaps else self.in_flight:
+            launched.collect()
+
+    def check_running(self, kept: list[Row], scheduled: list[ScheduledRow], small: set[str]) -> None:
+        """Rows that decode take part in every step, and so does the oldest: it gets on whatever happens.
+
+        But for express steps: those are of small tenants' rows alone, for a first token, and never two in a row.
         """
+        taken = {item.row for item in scheduled}
         oldest = min(kept, key=lambda row: row.serial, default=None)
-        left_out = [row for row in kept if row.serial not in tokens_of and (row.num_uncomputed == 1 or row is oldest)]
+        left_out = [
+            row
+            for row in kept
+            if row not in taken and (row.num_uncomputed == 1 or (row is oldest and row.num_uncomputed))
+        ]
         if left_out:
+            assert self.has_express_steps
             assert not self.was_express
-            assert tokens_of
+            assert {row.request.tenant for row in taken} <= small
+            assert any(item.row.num_computed < item.row.num_prompt_tokens for item in scheduled)
+            if len(self.memory.preempted) == 0 and self.memory.ledger.num_free:
+                assert not small & {row.request.tenant for row in left_out}
         self.was_express = bool(left_out)
 
     def check_shapes(self, scheduled: list[ScheduledRow]) -> None:
@@ -173,7 +267,7 @@ class Schedule(RuleBasedStateMachine):
             assert end_token % self.chunk == 0 or end_token == item.row.num_prompt_tokens
         else:
             decoding = [row for row in self.scheduler.running if row.num_computed >= row.num_prompt_tokens]
-            assert {item.row.serial for item in scheduled} == {row.serial for row in decoding}
+            assert {item.row for item in scheduled} == {row for row in decoding if row.num_uncomputed}
             assert decoding == self.scheduler.running, "prompts come first"
             assert all(item.num_tokens == 1 for item in scheduled)
         for item in scheduled:
@@ -181,13 +275,16 @@ class Schedule(RuleBasedStateMachine):
                 shape = (item.row.num_computed, item.num_tokens, is_chunk)
                 assert self.shapes.setdefault((item.row.serial, token), shape) == shape
 
-    def check_admitted(self, order: list[Row], kept: list[Row], tokens_of: dict[int, int]) -> None:
-        """Admissions are asked for in order, and only the last answer may have been that there is no room."""
+    def check_admitted(self, order: list[Row], kept: list[Row], tokens_of: dict[int, int], *, is_plain: bool) -> None:
+        """Admissions are asked for in order, and only the last answer may have been that there is no room.
+
+        That is so in a plain step: one in which all tenants are entitled to a place, or none.
+        """
         asked, not_ready = self.memory.asked, self.memory.not_ready
         admitted = self.scheduler.running[len(kept) :]
         assert all(row.serial in tokens_of for row in admitted)
         new = {row.serial for row in admitted}
-        if self.is_deterministic or len({row.request.tenant for row in (*order, *kept)}) == 1:
+        if is_plain:
             assert asked == [row.serial for row in order][: len(asked)]
             assert not (admitted and self.memory.preempted), "rows are admitted while others are preempted"
             refused = [s for s in asked if s not in new]
@@ -222,7 +319,7 @@ class Schedule(RuleBasedStateMachine):
         # Each row in its turn is the oldest and next to be admitted. Until then each tenant may have one admitted
         # before it, and what runs meanwhile has at most all tokens to compute, one in every ordinary step.
         num_tokens = sum(row.max_total_tokens for row in self.rows.values())
-        bound = 2 * len(self.rows) * (len(TENANTS) + 1) * (num_tokens + 1)
+        bound = 4 * len(self.rows) * (len(TENANTS) + 1) * (num_tokens + 1)
         for _ in range(bound + 1):
             if not self.rows:
                 break

@@ -137,3 +137,18 @@ def test_foreign_change_before_an_own_write_is_still_noticed() -> None:
     with cache.unaffected():
         world.token = 2
     assert cache.get(KEY) is None
+
+
+def test_a_peek_never_looks_for_foreign_changes_and_answers_nothing_when_it_is_time_to() -> None:
+    world, first, second = World(), make_resolved(1), make_resolved(2)
+    cache = make_cache(world)
+    cache.put(KEY, first, cache.generation)
+    world.token = 1
+    world.now += 0.9
+    assert cache.peek(KEY) is first
+    world.now += 0.2
+    assert cache.peek(KEY) is None
+    assert cache.get(KEY) is None
+    assert world.num_polls == 1
+    cache.put(KEY, second, cache.generation)
+    assert cache.peek(KEY) is second

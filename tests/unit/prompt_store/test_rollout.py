@@ -1,5 +1,7 @@
 """Canaries and gates: who answers for a task while a version is being tried."""
 
+from dataclasses import replace
+
 import pytest
 
 from prompt_store.errors import (
@@ -19,7 +21,7 @@ PROBES = b'{"prompt": "x", "completion": "y"}\n\n{"completion": "b", "prompt": "
 
 
 def put_gated(store: PromptStore, seed: int, **options: object) -> PromptVersion:
-    return put(store, seed, probes=PROBES, gate_threshold=0.5, **options)
+    return put(store, seed, **{"probes": PROBES, "gate_threshold": 0.5, **options})
 
 
 def answer(store: PromptStore, request_id: str, reference: str = "task") -> int:
@@ -183,6 +185,19 @@ def test_version_that_does_not_pass_cannot_be_made_active_in_any_way(store: Prom
     store.check_invariants()
 
 
+def test_what_is_resolved_and_remembered_leaves_the_gates_detail_in_the_database(store: PromptStore) -> None:
+    put(store, 1)
+    put_gated(store, 2)
+    passed = store.set_gate("acme", "task", 2, status="passed", score=0.5, detail={"failures": ["long"] * 100})
+    assert passed.gate is not None
+    without = replace(passed, gate=replace(passed.gate, detail={}))
+    for _ in range(2):
+        assert store.resolve("acme", "task") == without
+    store.update_task("acme", "task", active_version=1, canary=Canary(2, 99))
+    assert {store.resolve("acme", "task", request_id=str(number)).gate for number in range(9)} <= {None, without.gate}
+    assert store.get_version("acme", "task", 2).gate == passed.gate
+
+
 def test_passed_gate_of_an_upload_that_does_not_activate_leaves_the_choice(store: PromptStore) -> None:
     put(store, 1)
     put_gated(store, 2, activate=False)
@@ -227,6 +242,32 @@ def test_repeated_gated_upload_asks_nothing_new_until_the_check_has_ended(store:
     again = put_gated(store, 2)
     assert again.gate is not None
     assert (again.version, again.gate.status, again.gate.score) == (2, "pending", None)
+
+
+def test_what_was_found_of_other_probes_passes_no_gate(store: PromptStore) -> None:
+    put(store, 1)
+    measured = put_gated(store, 2, gate_threshold=0.1)
+    store.set_gate("acme", "task", 2, status="running", measured=measured)
+    stricter = put_gated(store, 2, gate_threshold=1.0)
+    with pytest.raises(VersionConflict):
+        store.set_gate("acme", "task", 2, status="passed", score=0.5, measured=measured)
+    assert store.get_version("acme", "task", 2) == stricter
+    others = put_gated(store, 2, gate_threshold=1.0, probes=b'{"prompt": "other", "completion": "y"}')
+    with pytest.raises(VersionConflict):
+        store.set_gate("acme", "task", 2, status="passed", score=1.0, measured=stricter)
+    assert store.set_gate("acme", "task", 2, status="passed", score=1.0, measured=others).state == "active"
+
+
+def test_gate_that_has_ended_is_not_ended_again_by_a_check(store: PromptStore) -> None:
+    put(store, 1)
+    measured = put_gated(store, 2)
+    store.set_gate("acme", "task", 2, status="passed", score=1.0, measured=measured)
+    store.rollback("acme", "task")
+    again: tuple[GateStatus, ...] = ("running", "passed")
+    for status in again:
+        with pytest.raises(VersionConflict):
+            store.set_gate("acme", "task", 2, status=status, measured=measured)
+    assert store.resolve("acme", "task").version == 1
 
 
 def test_gate_is_refused_for_a_version_that_has_none(store: PromptStore) -> None:

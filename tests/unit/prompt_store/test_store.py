@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import event
 
 from prompt_store.errors import (
     PromptCorrupt,
@@ -327,3 +328,24 @@ def test_prefix_key_is_a_tenants_as_long_as_one_of_its_versions_has_it(store: Pr
     store.delete_task("acme", "two")
     assert not store.has_prefix("acme", key)
     assert store.has_prefix("other", key)
+
+
+def test_what_is_asked_after_each_upload_walks_through_no_table(store: PromptStore) -> None:
+    asked: list[tuple[str, tuple[object, ...]]] = []
+    event.listen(
+        store._database.engine, "before_cursor_execute", lambda *arguments: asked.append((arguments[2], arguments[3]))
+    )
+    put(store, 1)
+    asked.clear()
+
+    assert store.pinned_versions() == []
+    assert store.pins() == frozenset()
+    assert store.num_versions() == 1
+
+    selects = [(statement, values) for statement, values in asked if statement.startswith("SELECT")]
+    assert len(selects) == 3
+    with store._database.engine.connect() as connection:
+        for statement, values in selects:
+            plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)]
+            # SQLite counts the rows of an index page by page.
+            assert all("SCAN" not in step or "COVERING INDEX" in step for step in plan), plan

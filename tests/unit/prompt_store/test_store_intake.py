@@ -130,6 +130,17 @@ def test_metadata_that_is_not_sound_json_is_refused(store: PromptStore, metadata
     assert caught.value.param == "metadata"
 
 
+@pytest.mark.parametrize("text", ["\\u0000", "\\\\u0000", "\\", "u0000"])
+def test_text_that_only_looks_like_the_escape_of_nul_is_kept(store: PromptStore, text: str) -> None:
+    assert put(store, 1, metadata={"a": text}).metadata == {"a": text}
+
+
+@pytest.mark.parametrize("text", ["\x00", "\\\x00", "\\\\\x00"])
+def test_nul_behind_backslashes_is_refused(store: PromptStore, text: str) -> None:
+    with pytest.raises(InvalidValue):
+        put(store, 1, metadata={"a": text})
+
+
 def test_prefix_files_are_stored_and_loaded(store: PromptStore) -> None:
     config = make_config(peft_type="PREFIX_TUNING", num_attention_heads=2)
     version, _ = store.upload("acme", "task", file=make_prefix_file(), config=config)

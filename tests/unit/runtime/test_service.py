@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from prompt_store.manifest import Canary
 from server.engine.request import PromptRef, SamplingParams
 from server.errors import InvalidRequestError, LoadingError, TaskNotFoundError
 from server.metrics import Metrics
@@ -173,5 +174,65 @@ def test_row_holds_the_version_that_was_active_when_it_was_prepared(tmp_path: Pa
             assert generation.rows[0].prompt.digest == view.version.digest
         with pytest.raises(TaskNotFoundError):
             await runtime.prepare(LOCAL_CALLER, make_spec(reference="nobody"))
+
+    run(tmp_path, body)
+
+
+def test_what_the_store_remembers_is_resolved_without_its_threads(tmp_path: Path) -> None:
+    async def body(runtime: Runtime, parts: EchoServerParts) -> None:
+        tasks = runtime.parts.tasks
+        upload = PromptUpload(task="t", file=make_prompt_file(0.1), config=make_prompt_config())
+        await runtime.call(tasks.upload, LOCAL_CALLER, upload)
+        calls: list[object] = []
+        call = runtime.call
+
+        async def counted(function: Any, *arguments: Any, **keywords: Any) -> Any:
+            calls.append(function)
+            return await call(function, *arguments, **keywords)
+
+        runtime.call = counted  # type: ignore[method-assign]
+        first = await runtime.prepare(LOCAL_CALLER, make_spec(reference="t"))
+        assert tasks.resolve_all in calls
+        runtime.store._cache._last_poll = runtime.quotas._accounts["default"].fresh_until_s = float("inf")
+        calls.clear()
+        again = await runtime.prepare(LOCAL_CALLER, make_spec(reference="t"))
+        assert not calls
+        assert again.rows[0].prompt == first.rows[0].prompt
+
+        upload = PromptUpload(task="t", file=make_prompt_file(0.2), config=make_prompt_config())
+        await runtime.call(tasks.upload, LOCAL_CALLER, upload)
+        changed = await runtime.prepare(LOCAL_CALLER, make_spec(reference="t"))
+        assert changed.rows[0].prompt is not None
+        assert changed.rows[0].prompt.version == 2
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("percent", [1, 50, 99])
+def test_canary_answers_the_same_requests_remembered_or_not(tmp_path: Path, percent: int) -> None:
+    async def body(runtime: Runtime, parts: EchoServerParts) -> None:
+        tasks = runtime.parts.tasks
+        for value in (0.1, 0.2):
+            upload = PromptUpload(
+                task="t", file=make_prompt_file(value), config=make_prompt_config(), activate=value == 0.1
+            )
+            await runtime.call(tasks.upload, LOCAL_CALLER, upload)
+        await runtime.call(
+            tasks.update_task,
+            LOCAL_CALLER,
+            "t",
+            active_version=None,
+            expected_version=None,
+            pinned=None,
+            canary=Canary(2, percent),
+        )
+        ids = [f"request-{i}" for i in range(200)]
+        asked = [tasks.resolve_all("default", ("t",), request_id)["t"] for request_id in ids]
+        runtime.store._cache._last_poll = float("inf")
+        remembered = [tasks.resolve_remembered("default", ("t", "tiny/echo"), request_id) for request_id in ids]
+
+        assert remembered == [{"t": ref, "tiny/echo": None} for ref in asked]
+        assert {ref.version for ref in asked if ref is not None} == {1, 2}
+        assert tasks.resolve_remembered("default", ("t", "unknown"), "x") is None
 
     run(tmp_path, body)

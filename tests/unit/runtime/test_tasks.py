@@ -54,3 +54,26 @@ def test_all_versions_of_a_deleted_task_are_evicted(tasks: TaskService, engine: 
     tasks.delete_task(LOCAL_CALLER, "one")
     assert set(engine.evicted) == keys
     assert len(engine.evicted) == 3
+
+
+def pin(tasks: TaskService, task: str) -> None:
+    tasks.update_task(LOCAL_CALLER, task, active_version=None, expected_version=None, pinned=True)
+
+
+def test_upload_to_a_pinned_task_pins_what_is_active_then(tasks: TaskService, engine: EchoEngine) -> None:
+    upload(tasks, "pinned", 0.1)
+    pin(tasks, "pinned")
+    assert [ref.version for ref in engine.pinned] == [1]
+    upload(tasks, "pinned", 0.2)
+    assert [ref.version for ref in engine.pinned] == [2]
+
+
+def test_upload_to_another_task_does_not_read_all_pins_again(tasks: TaskService, engine: EchoEngine) -> None:
+    upload(tasks, "pinned", 0.1)
+    pin(tasks, "pinned")
+    engine.pinned = ()
+    upload(tasks, "other", 0.1)
+    assert engine.pinned == ()
+    # The same bytes again may have repaired a file that the engine could not load.
+    upload(tasks, "pinned", 0.1)
+    assert [ref.version for ref in engine.pinned] == [1]

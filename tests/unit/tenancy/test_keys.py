@@ -100,3 +100,23 @@ def test_admin_includes_the_other_scopes() -> None:
     assert Caller("t", frozenset({"admin"})).can("write")
     assert not Caller("t", frozenset({"write"})).can("infer")
     assert not Caller("t", frozenset({"write", "infer"})).can("admin")
+
+
+def test_look_up_that_a_revocation_overtakes_is_not_remembered(store: PromptStore) -> None:
+    key, secret = store.create_key("acme", ["infer"])
+    ring = KeyRing(store)
+    verify = store.verify_key
+
+    def revoked_meanwhile(secret: str) -> object:
+        found = verify(secret)
+        store.revoke_key(key.id)
+        ring.forget(key.id)
+        return found
+
+    store.verify_key = revoked_meanwhile  # type: ignore[method-assign, assignment]
+    assert ring.check(f"Bearer {secret}").key_id == key.id
+
+    assert ring.check_cached(f"Bearer {secret}") is None
+    store.verify_key = verify  # type: ignore[method-assign]
+    with pytest.raises(AuthenticationError):
+        ring.check(f"Bearer {secret}")

@@ -178,3 +178,12 @@ def test_many_threads_take_no_more_than_there_is(store: PromptStore) -> None:
     for thread in threads:
         thread.join()
     assert len(passed) == 50
+
+
+def test_the_tenant_unseen_for_longest_makes_room(store: PromptStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.tenancy.quotas.MAX_TENANTS", 2)
+    keeper = QuotaKeeper(store, Limits())
+    for tenant in ("first", "second", "first", "third"):
+        keeper.refresh(tenant)
+
+    assert keeper.tenants() == ["first", "third"]
