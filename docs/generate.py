@@ -21,9 +21,9 @@ from typer.main import get_command
 from server.cli import app
 from server.cli.http_client import DEFAULT_URL
 from server.cli.output import EXIT_CODE_MEANINGS
-from server.cli.setting_flags import default_text, metavar
+from server.cli.setting_flags import default_text, flag_text, metavar
 from server.metrics import AUDIT_RESULTS, BUILD_LABELS, PREFIX, STEP_PHASES, TIERS, Metrics
-from server.settings import GROUPS, Settings, env_name, flag_name
+from server.settings import GROUPS, Settings, env_name
 from server.settings_sources import OTHER_ENV_NAMES
 
 FOLDER = Path(__file__).resolve().parent
@@ -52,6 +52,7 @@ def render_settings() -> str:
         "`promptmux config` takes the same flags and prints what is in force and where it comes from.",
         "",
         'Sizes are in bytes, or text with a unit (`"512MiB"`); times in seconds. An empty variable counts as not set.',
+        "What is on or off is a flag without a value: `--deterministic`, `--no-text-cache`.",
         "",
         "```toml",
         "# promptmux.toml",
@@ -231,7 +232,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _flag_text(name: str) -> str:
-    return "MODEL" if name == "model" else flag_name(name)
+    return "MODEL" if name == "model" else flag_text(name)
 
 
 def _range_text(field: FieldInfo) -> str:

@@ -126,7 +126,7 @@ async def offline_target(options: OfflineOptions) -> AsyncIterator[BenchTarget]:
     try:
         engine = OfflineEngine(backbone, config)
     except BackboneError as error:
-        fail(str(error), code=ExitCode.USAGE, hint="--deterministic off serves it")
+        fail(str(error), code=ExitCode.USAGE, hint="--no-deterministic serves it")
     except ValueError as error:
         fail(str(error), code=ExitCode.USAGE, hint="more --kv-cache-bytes, or a smaller --max-model-len")
     prompts = RandomPrompts(embeddings, num_prompts=num_prompts, k=k, seed=options.seed + 1)

@@ -37,16 +37,17 @@ def with_setting_flags(command: Callable[..., None], *, groups: Iterable[str] = 
             if name == "model":
                 continue
             field = Settings.model_fields[name]
+            kind = bool if is_switch(name) else str
             option = typer.Option(
-                flag_name(name),
+                flag_text(name),
                 help=field.description,
-                metavar=metavar(field),
+                metavar=None if kind is bool else metavar(field),
                 show_default=default_text(name),
                 rich_help_panel=group,
             )
             parameters.append(
                 inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+                    name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
                 )
             )
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -56,10 +57,22 @@ def with_setting_flags(command: Callable[..., None], *, groups: Iterable[str] = 
 
 def resolve_or_fail(flags: Mapping[str, object], config: Path | None) -> ResolvedSettings:
     """`resolve_settings`, with a wrong setting ending the command."""
+    given = {name: ("off", "on")[value] if isinstance(value, bool) else value for name, value in flags.items()}
     try:
-        return resolve_settings(flags, config)
+        return resolve_settings(given, config)
     except SettingsError as error:
         fail(str(error), code=ExitCode.USAGE, hint="`promptmux serve --help` lists the settings with their defaults")
+
+
+def is_switch(name: str) -> bool:
+    """Whether a setting is on or off and nothing else: on the command line it is a flag without a value."""
+    return set(metavar(Settings.model_fields[name]).split("|")) == {"on", "off"}
+
+
+def flag_text(name: str) -> str:
+    """`--max-rows`; `--text-cache/--no-text-cache` for a switch."""
+    flag = flag_name(name)
+    return f"{flag}/--no-{flag.removeprefix('--')}" if is_switch(name) else flag
 
 
 def metavar(field: FieldInfo) -> str:

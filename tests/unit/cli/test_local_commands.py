@@ -34,6 +34,17 @@ def test_config_prints_every_setting_with_its_origin(tmp_path: Path, monkeypatch
     assert found["host"]["origin"] == "default"
 
 
+def test_what_is_on_or_off_is_a_flag_without_a_value() -> None:
+    switched = call("config", "--json", "--deterministic", "--no-text-cache")
+    untouched = call("config", "--json")
+
+    settings = [json.loads(result.stdout) for result in (switched, untouched)]
+    assert [[found[name]["value"] for name in ("deterministic", "text_cache")] for found in settings] == [
+        ["on", "off"],
+        ["off", "on"],
+    ]
+
+
 def test_config_file_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "promptmux.toml"
     file.write_text("max_rows = 7\n")
