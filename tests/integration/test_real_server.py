@@ -5,6 +5,7 @@ One server is started for all of it, on a fresh data folder and an ephemeral por
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -60,9 +61,15 @@ def cards() -> dict[str, dict[str, object]]:
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(DEMO.glob("*/card.json"))}
 
 
-def shell(command: str) -> str:
+def shell(command: str, **variables: str) -> str:
     return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     ).stdout
 
 
@@ -82,12 +89,16 @@ def test_the_readme_shell_block_works_as_pasted(server: RealServer) -> None:
     block = re.search(r"## Try it\n\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
 
-    output = shell(block[1].replace("http://127.0.0.1:8000", server.url))
+    commands = block[1].replace("http://127.0.0.1:8000", server.url)
+    # The command line of the environment that runs the tests, wherever that is.
+    commands = commands.replace(".venv/bin/promptmux", str(Path(sys.executable).with_name("promptmux")))
+    output = shell(commands, PROMPTMUX_URL=server.url)
 
     assert '"text":" went"' in output
     assert '"text":" taught"' in output
     assert '"text":" positive"' in output
     assert "promptmux_isolation_checks_total" in output
+    assert re.search(r"^my-task +.*same", output, re.MULTILINE), "what `promptmux check` found"
 
 
 def test_every_demo_prompt_answers_as_its_card_says_in_one_mixed_batch(server: RealServer) -> None:
