@@ -47,6 +47,7 @@ check: $(SETUP_DONE) ## linter, formatter, types, import contracts, unsafe loadi
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy -p benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/check_unsafe_loading.py
 

@@ -34,7 +34,8 @@ from prompt_store.store import PromptStore
 from server.bench.workload import PromptPicker
 from server.engine.request import SamplingParams
 from server.runtime.generation import GenerationSpec
-from server.runtime.service import RunningGeneration, Runtime
+from server.runtime.in_flight import RunningGeneration
+from server.runtime.service import Runtime
 from server.tenancy.keys import ALL_SCOPES, Caller
 
 CALLER = Caller(tenant="tenant-000", scopes=ALL_SCOPES)

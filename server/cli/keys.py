@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prompt_store.names import DEFAULT_TENANT
 from server.cli.connection import Json, Key, Url, connect
 from server.cli.output import ExitCode, fail, print_json, print_table, say, when
 from server.cli.setting_flags import resolve_or_fail
@@ -52,7 +53,7 @@ def create(
     scopes = sorted(set(scope or ["infer"]))
     if data is not None:
         with _open_store(data) as store:
-            stored, secret = store.create_key(tenant or "default", frozenset(scopes), label)
+            stored, secret = store.create_key(tenant or DEFAULT_TENANT, frozenset(scopes), label)
         made = _describe(stored) | {"secret": secret}
     else:
         with connect(url, key) as client:

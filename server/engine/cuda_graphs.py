@@ -156,7 +156,6 @@ class DecodeGraphs:
                 query_starts=inputs.query_starts[: bucket + 1],
                 write_slots=inputs.write_slots[:bucket],
                 num_decoding=bucket,
-                max_count=1,
                 max_length=self._max_columns,
             ),
         )

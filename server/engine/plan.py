@@ -94,7 +94,6 @@ class StepPlan:
 
         Shares memory with the plan where the device is the CPU.
         """
-        counts = np.diff(self.query_starts)
         write_slots = self.write_slots
         if num_padding:
             write_slots = np.pad(write_slots, (0, num_padding), constant_values=NO_SLOT)
@@ -107,7 +106,6 @@ class StepPlan:
             query_starts=query_starts,
             write_slots=slots,
             num_decoding=self.num_decoding,
-            max_count=int(counts.max()),
             max_length=int(self.lengths.max()),
         )
 

@@ -4,7 +4,7 @@ A request of the API becomes one or more `RowRequest`s (one a sequence). The eng
 one a row a step, handed over in one batch a step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from server.errors import ContextLengthExceededError, PromptmuxError
@@ -126,6 +126,3 @@ class RowOutput:
     @property
     def is_last(self) -> bool:
         return self.finish_reason is not None or self.error is not None
-
-
-OutputBatch = Sequence[RowOutput]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from prompt_store.names import DEFAULT_TENANT
 from server.errors import AuthenticationError
 
 Scope = Literal["infer", "write", "admin"]
@@ -36,7 +37,7 @@ class Caller:
         return scope in self.scopes or "admin" in self.scopes
 
 
-LOCAL_CALLER = Caller(tenant="default", scopes=ALL_SCOPES)
+LOCAL_CALLER = Caller(tenant=DEFAULT_TENANT, scopes=ALL_SCOPES)
 
 
 class StoredKey(Protocol):

@@ -27,8 +27,8 @@ class PagedBatch:
     they are written nowhere, and their answers are zero. A batch of one fixed shape may also be padded with rows: they
     have length 0 and no tokens, and come last.
 
-    `num_decoding`: the first so many rows have exactly one token, which is then token r. `max_count` and `max_length`
-    are the largest number of tokens and the largest length of a row, known on the host without asking the device.
+    `num_decoding`: the first so many rows have exactly one token, which is then token r. `max_length` is the largest
+    length of a row, known on the host without asking the device.
     """
 
     page_table: torch.Tensor  # [R, P], int32
@@ -36,7 +36,6 @@ class PagedBatch:
     query_starts: torch.Tensor  # [R + 1], int32
     write_slots: torch.Tensor  # [T], int64
     num_decoding: int
-    max_count: int
     max_length: int
 
 

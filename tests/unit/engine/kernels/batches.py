@@ -91,7 +91,6 @@ class AttentionCase:
                 query_starts=torch.tensor([0, count], dtype=torch.int32),
                 write_slots=self.batch.write_slots[first:last].contiguous(),
                 num_decoding=int(count == 1),
-                max_count=count,
                 max_length=length,
             ),
         )
@@ -160,7 +159,6 @@ def make_case(
             query_starts=torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0).int()]),
             write_slots=torch.tensor([*write_slots, *[NO_SLOT] * num_padding], dtype=torch.int64),
             num_decoding=sum(row.count == 1 for row in rows),
-            max_count=max(row.count for row in rows),
             max_length=max(row.length for row in rows),
         ),
         layer=LayerAttention(

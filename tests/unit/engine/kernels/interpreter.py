@@ -76,7 +76,6 @@ def _run_in_huge_pool() -> tuple[torch.Tensor, torch.Tensor]:
         query_starts=torch.tensor([0, 1], dtype=torch.int32),
         write_slots=torch.tensor([pages[2] * PAGE_SIZE + length - 1 - 2 * PAGE_SIZE], dtype=torch.int64),
         num_decoding=1,
-        max_count=1,
         max_length=length,
     )
     query, key, value = (torch.randn((1, 1, dim), generator=generator).half() for _ in range(3))

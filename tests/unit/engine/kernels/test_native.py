@@ -106,7 +106,6 @@ def test_token_has_the_same_bits_alone_and_within_a_chunk(
                 query_starts=torch.tensor([0, 1], dtype=torch.int32),
                 write_slots=case.batch.write_slots[i : i + 1],
                 num_decoding=1,
-                max_count=1,
                 max_length=length,
             )
             token = slice(i, i + 1)
@@ -154,7 +153,6 @@ def test_batch_of_padding_alone_is_answered_with_zeros() -> None:
         query_starts=torch.zeros(1, dtype=torch.int32),
         write_slots=torch.full((4,), -1),
         num_decoding=0,
-        max_count=0,
         max_length=0,
     )
 
