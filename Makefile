@@ -40,7 +40,9 @@ serve: $(SETUP_DONE) ## serve on 127.0.0.1:8000; PORT, DATA (the store's folder)
 	@exec $(BIN)/promptmux serve $(if $(MODEL),"$(MODEL)") --demo-dir demo $(if $(PORT),--port "$(PORT)") \
 		$(if $(DATA),--data-dir "$(DATA)") $(ARGS)
 
-test: $(SETUP_DONE) ## run the tests; ARGS goes to pytest
+test: $(SETUP_DONE) ## run the tests; ARGS goes to pytest. Gets PostgreSQL and Prometheus; TEST_POSTGRESQL=off, TEST_PROMETHEUS=off do without
+	@.ci/postgresql
+	@.ci/prometheus
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} $(BIN)/python -m pytest -q $(ARGS)
 
 check: $(SETUP_DONE) ## linter, formatter, types, import contracts, unsafe loading

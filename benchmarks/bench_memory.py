@@ -120,11 +120,12 @@ async def _serve_and_measure(args: argparse.Namespace) -> dict[str, float]:
         runtime.check_ready()
         measured = {READY: _private_mb()}
         tasks = runtime.parts.tasks
-        names = [task.task for task in await runtime.call(tasks.list_callable, TENANT)]
+        pages = await runtime.call(lambda: list(tasks.callable_pages(TENANT)))
+        names = [task.task for page in pages for task in page]
         await runtime.call(tasks.resolve_all, TENANT, names)
         if len(names) != args.prompts or runtime.parts.engine.status().prompts_resident:
             raise RuntimeError(f"not {args.prompts} tasks, none resident: what is measured is not registration alone")
-        del names
+        del pages, names
         measured[NAMED] = _private_mb()
     finally:
         await runtime.stop()

@@ -1,7 +1,8 @@
 """Content-addressed bytes: a blob's name is the SHA-256 of its content, and nothing is stored under any other name.
 
 Owns durability of single files and proof of their integrity. Knows nothing of tasks, versions or who refers to a blob;
-`BlobStore` is the interface that an object store would implement.
+`BlobStore` is the interface; `FileBlobs` keeps files in a folder, `database_blobs` rows in a shared database, and an
+object store would be a third.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ from prompt_store.names import is_digest
 
 
 class BlobStore(Protocol):
-    """Bytes by digest. All methods may be called from any thread; OSErrors pass through."""
+    """Bytes by digest. All methods may be called from any thread; OSErrors and errors of the
+    database pass through."""
 
     def put(self, data: bytes) -> str:
         """Store `data` durably and return its digest; a damaged blob of that digest is replaced."""
@@ -36,6 +38,18 @@ class BlobStore(Protocol):
     def digests(self) -> Iterator[str]:
         """The digests of all blobs, in no particular order."""
         ...
+
+
+def missing(digest: str) -> PromptCorrupt:
+    """What `get` raises for a blob that is not there."""
+    return PromptCorrupt(f"The stored bytes of sha256:{digest} are missing.")
+
+
+def check_content(digest: str, data: bytes) -> bytes:
+    """Return `data`, or raise PromptCorrupt when that is not its digest."""
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise PromptCorrupt(f"The stored bytes of sha256:{digest} have changed: their digest no longer matches.")
+    return data
 
 
 class FileBlobs:
@@ -72,10 +86,8 @@ class FileBlobs:
         try:
             data = self._path(digest).read_bytes()
         except FileNotFoundError as error:
-            raise PromptCorrupt(f"The stored bytes of sha256:{digest} are missing.") from error
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise PromptCorrupt(f"The stored bytes of sha256:{digest} have changed: their digest no longer matches.")
-        return data
+            raise missing(digest) from error
+        return check_content(digest, data)
 
     def exists(self, digest: str) -> bool:
         return self._path(digest).is_file()

@@ -21,6 +21,7 @@ from prompt_store.models import ActivationRow, KeyRow, TaskRow, VersionRow
 from prompt_store.names import SHARED_TENANT, Reference
 from prompt_store.resolve_cache import Resolved
 from prompt_store.rows import Upload
+from prompt_store.training_models import TrainingFileRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,15 +318,16 @@ class Catalog:
             return [rows.to_version(task, row) for task, row in session.execute(query)]
 
     def find_unreferenced(self, digests: Collection[str]) -> set[str]:
-        """Those of `digests` that no version refers to."""
+        """Those of `digests` that neither a version nor a file of examples refers to."""
         with self._database.reading() as session:
             return {digest for digest in digests if not _is_referenced(session, digest)}
 
     def all_digests(self) -> set[str]:
-        """Every digest that some version refers to."""
+        """Every digest that some version or file of examples refers to."""
         query = select(VersionRow.digest, VersionRow.config_digest, VersionRow.probes_digest)
         with self._database.reading() as session:
-            return {digest for row in session.execute(query) for digest in row if digest is not None}
+            digests = {digest for row in session.execute(query) for digest in row if digest is not None}
+            return digests | set(session.scalars(select(TrainingFileRow.digest)))
 
     def num_versions(self) -> int:
         # Without a column to look at, SQLite counts whole pages of an index.
@@ -359,4 +361,7 @@ def _is_referenced(session: Session, digest: str) -> bool:
     # One digest at a time and no more than one row: thousands of versions may share a configuration.
     columns = (VersionRow.digest, VersionRow.config_digest, VersionRow.probes_digest)
     query = select(VersionRow.id).where(or_(*(column == digest for column in columns))).limit(1)
-    return session.scalar(query) is not None
+    if session.scalar(query) is not None:
+        return True
+    files = select(TrainingFileRow.serial).where(TrainingFileRow.digest == digest).limit(1)
+    return session.scalar(files) is not None

@@ -31,8 +31,8 @@ def find_warnings(config: AdapterConfig, values: Array, backbone: BackboneShape)
     warnings = []
     if config.kind == "embeddings":
         warnings = [
-            *_few_virtual_tokens(values.shape[0]),
-            *_small_backbone(backbone),
+            *few_virtual_tokens(values.shape[0]),
+            *small_backbone(backbone.num_parameters),
             *_unusual_norms(values, backbone),
         ]
     if config.base_model and _last_part(config.base_model) != _last_part(backbone.name):
@@ -43,7 +43,8 @@ def find_warnings(config: AdapterConfig, values: Array, backbone: BackboneShape)
     return tuple(warnings)
 
 
-def _few_virtual_tokens(num_virtual_tokens: int) -> list[str]:
+def few_virtual_tokens(num_virtual_tokens: int) -> list[str]:
+    """The warning, if there is one; for prompts at the input alone."""
     if num_virtual_tokens >= FEW_VIRTUAL_TOKENS:
         return []
     return [
@@ -52,11 +53,12 @@ def _few_virtual_tokens(num_virtual_tokens: int) -> list[str]:
     ]
 
 
-def _small_backbone(backbone: BackboneShape) -> list[str]:
-    if backbone.num_parameters is None or backbone.num_parameters >= SMALL_BACKBONE:
+def small_backbone(num_parameters: int | None) -> list[str]:
+    """The warning, if there is one; for prompts at the input alone."""
+    if num_parameters is None or num_parameters >= SMALL_BACKBONE:
         return []
     return [
-        f"small_backbone: The backbone has {backbone.num_parameters / 1e6:.0f} million parameters: below a billion, "
+        f"small_backbone: The backbone has {num_parameters / 1e6:.0f} million parameters: below a billion, "
         "prompt tuning stays behind fine-tuning (Lester et al. 2021); a prefix in every layer does better (Liu et al. "
         "2022)."
     ]

@@ -3,6 +3,7 @@
 Knows who refers to a blob, which `blobs` does not, and touches files, which `catalog` does not.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -18,10 +19,12 @@ _log = logging.getLogger(__name__)
 
 
 class Custody:
-    """`changing` is the context in which this store's writers exclude each other; it is not reentrant."""
+    """`changing` is the context in which this store's writers exclude each other (of the change of a tenant's task, if
+    they are named); it is not reentrant.
+    """
 
     def __init__(
-        self, catalog: Catalog, blobs: BlobStore, changing: Callable[[], AbstractContextManager[None]]
+        self, catalog: Catalog, blobs: BlobStore, changing: Callable[..., AbstractContextManager[None]]
     ) -> None:
         self._catalog = catalog
         self._blobs = blobs
@@ -33,16 +36,17 @@ class Custody:
         Raises PromptCorrupt after quarantining the version, or TaskNotFound when it was deleted meanwhile.
         """
         with storage_errors():
-            try:
+            with contextlib.suppress(PromptCorrupt):
                 return self._blobs.get(digest)
-            except PromptCorrupt:
-                # Once more where no writer can be repairing or deleting it at this moment.
-                with self._changing():
-                    try:
-                        return self._blobs.get(digest)
-                    except PromptCorrupt as error:
-                        self._quarantine(version, error.message)
-                        raise
+            # Once more where no writer can be repairing or deleting it at this moment.
+            with self._changing(version.tenant, version.task):
+                try:
+                    return self._blobs.get(digest)
+                except PromptCorrupt as error:
+                    damage = error
+                    self._quarantine(version, error.message)
+            # Not before: an error inside would undo the change.
+            raise damage
 
     def collect(self, digests: Collection[str]) -> None:
         """Remove those that nothing refers to. Only while changing.

@@ -1,85 +1,75 @@
-"""The database behind the catalog: engine, transactions, durability settings, and notice of other processes' changes.
+"""The database behind the catalog: sessions for reading, for writing, and for changes made of several writes.
 
-Everything that only SQLite understands is in this module.
+Owns what a session is, whichever database it speaks to. What only SQLite understands is in `sqlite`, what only
+PostgreSQL does in `postgresql`; nothing else in the store asks which of the two it is.
 """
 
-import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
-from sqlalchemy import URL, Connection, create_engine, event
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from prompt_store.faults import storage_errors
 
-BUSY_TIMEOUT_MS = 10_000
 
-
-class Database:
+class Database(ABC):
     """Sessions for reading and for writing. All methods may be called from any thread."""
 
-    def __init__(self, url: URL) -> None:
-        self.engine = create_engine(url)
-        self._is_sqlite = self.engine.dialect.name == "sqlite"
-        if self._is_sqlite:
-            event.listen(self.engine, "connect", _set_up_sqlite)
-            event.listen(self.engine, "begin", _begin_sqlite)
-        self._write_engine = self.engine.execution_options(is_writer=True)
-        self._watch_lock = threading.Lock()
-        self._watch: Any = None
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A session over one consistent snapshot. Raises StorageFailed."""
-        with storage_errors(), Session(self.engine) as session:
+        """A session over one consistent snapshot; inside `changing`, over what the change has made so far.
+
+        Raises StorageFailed.
+        """
+        with storage_errors(), self._read_session() as session:
             yield session
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """One transaction: committed durably at the end of the block, rolled back by any exception.
+        """One transaction: committed durably at the end of the block, rolled back by any exception; inside `changing`,
+        a part of the change, which alone is rolled back.
 
         Raises StorageFull or StorageFailed; VersionConflict when another writer won.
         """
-        with storage_errors(), Session(self._write_engine, expire_on_commit=False) as session, session.begin():
+        with storage_errors(), self._write_session() as session, session.begin():
             yield session
 
+    @abstractmethod
+    def changing(self, tenant: str | None, task: str | None) -> AbstractContextManager[None]:
+        """Around the reads and writes of one change, which other writers do not come between. Not reentrant.
+
+        `tenant` and `task` are whose meaning it changes; `task` is None for what else a tenant has, and both are for
+        what no tenant's name tells of, such as keys and quotas.
+        """
+
+    @abstractmethod
+    def appending(self, log: str) -> AbstractContextManager[None]:
+        """Around a write that changes no name's meaning and adds to `log`: ids of one log are visible in their order,
+        so that whoever follows it by id misses none. Not reentrant.
+        """
+
+    @abstractmethod
     def change_token(self) -> int | None:
         """A number that differs when anyone may have changed the database, in microseconds; None where unknown."""
-        if not self._is_sqlite:
-            return None
-        with storage_errors(), self._watch_lock:
-            # data_version speaks of changes made by other connections, so that this one must stay the same and idle.
-            if self._watch is None:
-                self._watch = self.engine.raw_connection()
-            cursor = self._watch.cursor()
-            try:
-                return int(cursor.execute("PRAGMA data_version").fetchone()[0])
-            finally:
-                cursor.close()
+
+    @abstractmethod
+    def prepare_copy(self) -> None:
+        """Inside `changing`, before a whole store is read or put in: it may rest while the other side is busy."""
+
+    @abstractmethod
+    def finish_copy(self, session: Session) -> None:
+        """After rows were put in with ids of their own: new ones get higher ids."""
 
     def close(self) -> None:
-        with self._watch_lock:
-            if self._watch is not None:
-                self._watch.close()
-                self._watch = None
         self.engine.dispose()
 
+    @abstractmethod
+    def _read_session(self) -> AbstractContextManager[Session]: ...
 
-def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    # The driver must not send BEGIN by itself: it would do so too late, and never before schema changes.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    try:
-        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA foreign_keys=ON")
-    finally:
-        cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # A writer takes the lock at once: a lock upgraded halfway fails instead of waiting.
-    is_writer = connection.get_execution_options().get("is_writer", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writer else "BEGIN")
+    @abstractmethod
+    def _write_session(self) -> AbstractContextManager[Session]: ...

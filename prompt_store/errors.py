@@ -10,14 +10,17 @@ knows about HTTP.
     ├── PromptMismatch          sound, but does not fit the backbone or its own configuration
     ├── TaskNotFound            unknown or foreign: the two are not told apart
     ├── KeyNotFound             no key has this id
+    ├── TrainingNotFound        no such file or job of the tenant: unknown and foreign are not told apart
     ├── VersionConflict         a compare-and-swap was lost, or the name is retired
     ├── VersionActive           the active version, or the canary, cannot be deleted
     ├── GateNotPassed           the version's gate does not let it become active
     ├── QuotaExceeded           the tenant may not store more
+    │   └── TooManyJobs         of its training jobs, too many have not ended
     ├── PromptCorrupt           stored bytes no longer have their digest
     ├── StoreInUse              another process holds the folder
     ├── StorageFull             no space or no quota left
     └── StorageFailed           any other input or output error
+        └── StorageUnavailable  the database server cannot be reached; it may be back soon
 """
 
 from typing import ClassVar
@@ -72,6 +75,10 @@ class KeyNotFound(PromptStoreError):  # noqa: N818
     code = "key_not_found"
 
 
+class TrainingNotFound(PromptStoreError):  # noqa: N818
+    code = "training_not_found"
+
+
 class VersionConflict(PromptStoreError):  # noqa: N818
     code = "version_conflict"
 
@@ -90,6 +97,10 @@ class QuotaExceeded(PromptStoreError):  # noqa: N818
     code = "quota_exceeded"
 
 
+class TooManyJobs(QuotaExceeded):
+    code = "too_many_jobs"
+
+
 class PromptCorrupt(PromptStoreError):  # noqa: N818
     code = "prompt_corrupt"
 
@@ -104,3 +115,7 @@ class StorageFull(PromptStoreError):  # noqa: N818
 
 class StorageFailed(PromptStoreError):  # noqa: N818
     code = "storage_failed"
+
+
+class StorageUnavailable(StorageFailed):
+    code = "storage_unavailable"

@@ -36,7 +36,7 @@ class Keyring:
         row = KeyRow(
             id=f"key_{secrets.token_hex(8)}",
             tenant=tenant,
-            secret_digest=_digest(secret),
+            secret_digest=digest_secret(secret),
             scopes=sorted(set(scopes)),
             label=label,
             created_at=datetime.now(UTC),
@@ -53,7 +53,7 @@ class Keyring:
         """The key that `secret` proves, None if there is none or it was revoked."""
         if len(secret) > _MAX_SECRET_CHARS:
             return None
-        digest = _digest(secret)
+        digest = digest_secret(secret)
         with self._database.reading() as session:
             row = session.scalar(select(KeyRow).where(KeyRow.secret_digest == digest))
         # The look-up by digest leaks no timing about secrets; the comparison keeps that true of any database.
@@ -83,7 +83,8 @@ class Keyring:
             return session.scalar(select(KeyRow.id).limit(1)) is not None
 
 
-def _digest(secret: str) -> str:
+def digest_secret(secret: str) -> str:
+    """What the store keeps of a secret, and the only form in which one may be remembered."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 

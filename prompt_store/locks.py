@@ -32,6 +32,24 @@ class FolderLock:
             self._descriptor = None
 
 
+def is_held(path: Path) -> bool:
+    """Whether some process has the folder lock at `path`; nothing is written, nor made where there is nothing.
+
+    A server that starts in the very instant of the look may be told that the folder is taken.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class WriteLock:
     """Held for each change: a blob is never collected while another writer is about to refer to it. Not reentrant."""
 

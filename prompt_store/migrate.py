@@ -15,7 +15,7 @@ _SCRIPTS = Path(__file__).parent / "migrations"
 
 # What this release reads and writes; a test holds it equal to the newest script. Knowing it without reading the scripts
 # makes the start of an up-to-date store cheap.
-HEAD = "0002"
+HEAD = "0004"
 
 
 def current_revision(engine: Engine) -> str | None:

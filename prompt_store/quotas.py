@@ -67,7 +67,10 @@ class Quotas:
         with self._database.reading() as session:
             rows = session.execute(query if tenant is None else query.where(TaskRow.tenant == tenant))
             return {
-                name: StoredAmounts(num_prompts=num_prompts, num_bytes=num_bytes, num_virtual_tokens=num_virtual_tokens)
+                # PostgreSQL adds up 64-bit numbers to decimals.
+                name: StoredAmounts(
+                    num_prompts=num_prompts, num_bytes=int(num_bytes), num_virtual_tokens=int(num_virtual_tokens)
+                )
                 for name, num_prompts, num_bytes, num_virtual_tokens in rows
             }
 

@@ -1,14 +1,14 @@
 """Remembers what references resolved to, so that a request costs no query. Knows nothing of SQL or files.
 
-Entries go when this process writes (`clear`) and when the change token shows that another one did, looked at no more
-than once a poll interval.
+Entries go when this process writes (`clear`) and when another one did: either the change token shows it, looked at no
+more than once a poll interval, or someone who follows the others' changes says so (`forget`).
 """
 
 import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from prompt_store.errors import PromptStoreError
@@ -30,7 +30,9 @@ class Resolved:
 
 class ResolveCache:
     """`change_token` returns a number that differs after foreign changes, or None where nobody can tell: everything is
-    then forgotten once an interval. All methods may be called from any thread."""
+    then forgotten once an interval. While `is_believable` says no, nothing is told. All methods may be called from any
+    thread.
+    """
 
     def __init__(
         self,
@@ -38,14 +40,18 @@ class ResolveCache:
         *,
         max_entries: int = 65_536,
         poll_interval_s: float = 1.0,
+        is_believable: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._is_believable = is_believable
         self._change_token = change_token
         self._max_entries = max_entries
         self._poll_interval_s = poll_interval_s
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[CacheKey, Resolved] = {}
+        # By the task's name, whosever it is: a shared task is remembered for every tenant that asked for it.
+        self._keys_of: dict[str, set[CacheKey]] = {}
         self._generation = 0
         self._last_poll = clock()
         self._last_token = change_token()
@@ -62,26 +68,37 @@ class ResolveCache:
     def get(self, key: CacheKey) -> Resolved | None:
         if self._clock() - self._last_poll >= self._poll_interval_s:
             self._poll()
-        return self._entries.get(key)
+        return self._entries.get(key) if self._is_believable() else None
 
     def peek(self, key: CacheKey) -> Resolved | None:
         """As `get`, but never looks for changes of others: None when it is time to."""
         if self._clock() - self._last_poll >= self._poll_interval_s:
             return None
-        return self._entries.get(key)
+        return self._entries.get(key) if self._is_believable() else None
 
     def put(self, key: CacheKey, resolved: Resolved, generation: int) -> None:
         with self._lock:
             if generation != self._generation:
                 return
             if len(self._entries) >= self._max_entries:
-                self._entries.clear()
+                self._drop_all()
             self._entries[key] = resolved
+            self._keys_of.setdefault(_task_of(key), set()).add(key)
 
     def clear(self) -> None:
         with self._lock:
             self._generation += 1
-            self._entries.clear()
+            self._drop_all()
+
+    def forget(self, tasks: Collection[str]) -> None:
+        """Everything about tasks of these names, of all tenants."""
+        if not tasks:
+            return
+        with self._lock:
+            self._generation += 1
+            for task in tasks:
+                for key in self._keys_of.pop(task, ()):
+                    del self._entries[key]
 
     @contextlib.contextmanager
     def unaffected(self) -> Iterator[None]:
@@ -113,4 +130,12 @@ class ResolveCache:
         if token is None or token != self._last_token:
             self._last_token = token
             self._generation += 1
-            self._entries.clear()
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        self._entries.clear()
+        self._keys_of.clear()
+
+
+def _task_of(key: CacheKey) -> str:
+    return key[1].partition("@")[0]

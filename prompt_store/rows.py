@@ -83,6 +83,12 @@ def find_same_file(session: Session, task: TaskRow, checked: CheckedPrompt) -> V
     )
 
 
+def retired(task: str) -> VersionConflict:
+    return VersionConflict(
+        f"The name {task} was deleted and stays retired in this tenant; choose another.", param="task"
+    )
+
+
 def settle(session: Session, task: TaskRow | None, upload: Upload) -> PromptVersion | None:
     """The version that leaves `upload` nothing to do, None if there is work. Raises VersionConflict.
 
@@ -90,9 +96,7 @@ def settle(session: Session, task: TaskRow | None, upload: Upload) -> PromptVers
     """
     if task is not None:
         if task.deleted_at is not None:
-            raise VersionConflict(
-                f"The name {task.name} was deleted and stays retired in this tenant; choose another.", param="task"
-            )
+            raise retired(task.name)
         row = find_same_file(session, task, upload.checked)
         is_sound = row is not None and row.quarantined_at is None
         is_settled = not upload.activate or (row is not None and task.active_version == row.version)
@@ -228,7 +232,8 @@ def check_quota(session: Session, upload: Upload) -> None:
     ):
         if limit is not None and needed > limit:
             raise QuotaExceeded(
-                f"The tenant would have {needed} {what}; its quota is {limit}. Delete versions that are not needed.",
+                f"The tenant would have {needed} {what}; its quota is {limit}. Waiting does not help: delete versions "
+                "that are not needed, or ask the operator for a larger quota.",
                 param=name,
             )
 

@@ -33,7 +33,7 @@ from prompt_store.probes import Probe, read_probes
 from prompt_store.resolve_cache import Resolved
 from prompt_store.rollout import is_canarys
 from prompt_store.rows import Upload, check_backbone, check_usable
-from prompt_store.tenants import TenantStore
+from prompt_store.training import TrainingStore
 
 # A thousand, and the one that shows that there are more.
 _MAX_PAGE = 1001
@@ -41,7 +41,7 @@ _MAX_PAGE = 1001
 _MAX_DETAIL_BYTES = 64 * 1024
 
 
-class PromptStore(TenantStore):
+class PromptStore(TrainingStore):
     """Prompts, tasks and keys in one folder. Made by `open`; all methods may be called from any thread. They raise
     PromptStoreErrors only: StorageFailed when the folder cannot be read or written, StorageFull when there is no space
     left, and what their own docstrings say.
@@ -117,7 +117,7 @@ class PromptStore(TenantStore):
         digests = tuple(
             digest for digest in (upload.config_digest, checked.digest, upload.probes_digest) if digest is not None
         )
-        with storage_errors(), self._changing():
+        with storage_errors(), self._changing(tenant, task):
             settled = self._catalog.find_settled(upload)
             if settled is not None:
                 return settled, False
@@ -132,7 +132,7 @@ class PromptStore(TenantStore):
                 raise
             # Probes that the version did not take were stored for nothing.
             self._custody.collect(stale if upload.probes_digest is None else (*stale, upload.probes_digest))
-            failpoints.hit(failpoints.UPLOAD_COMMITTED)
+        failpoints.hit(failpoints.UPLOAD_COMMITTED)
         return version, created
 
     def resolve(self, tenant: str, reference: str, *, request_id: str | None = None) -> PromptVersion:
@@ -222,11 +222,11 @@ class PromptStore(TenantStore):
         """
         check_text(actor, "actor")
         kept = check_metadata(detail, _MAX_DETAIL_BYTES, "detail")
-        with storage_errors(), self._changing():
+        with storage_errors(), self._changing(tenant, task):
             found = self._catalog.set_gate(
                 tenant, task, version, status=status, score=score, detail=kept, measured=measured, actor=actor
             )
-            failpoints.hit(failpoints.ACTIVATE_COMMITTED)
+        failpoints.hit(failpoints.ACTIVATE_COMMITTED)
         return found
 
     def unfinished_gates(self) -> list[PromptVersion]:
@@ -236,7 +236,7 @@ class PromptStore(TenantStore):
     def delete_version(self, tenant: str, task: str, version: int, *, actor: str = "") -> None:
         """Its number is not used again. Raises TaskNotFound, or VersionActive for the active one and the canary."""
         check_text(actor, "actor")
-        with storage_errors(), self._changing():
+        with storage_errors(), self._changing(tenant, task):
             digests = self._catalog.delete_version(tenant, task, version, actor)
             failpoints.hit(failpoints.DELETE_COMMITTED)
             self._custody.collect(digests)
@@ -280,7 +280,7 @@ class PromptStore(TenantStore):
         GateNotPassed or PromptCorrupt (the version to answer is quarantined).
         """
         check_text(actor, "actor")
-        with storage_errors(), self._changing():
+        with storage_errors(), self._changing(tenant, task):
             result = self._catalog.update_task(
                 tenant,
                 task,
@@ -290,7 +290,7 @@ class PromptStore(TenantStore):
                 canary=canary,
                 actor=actor,
             )
-            failpoints.hit(failpoints.ACTIVATE_COMMITTED)
+        failpoints.hit(failpoints.ACTIVATE_COMMITTED)
         return result
 
     def rollback(self, tenant: str, task: str, to: int | None = None, *, actor: str = "") -> Task:
@@ -303,15 +303,15 @@ class PromptStore(TenantStore):
         if to is not None:
             return self.update_task(tenant, task, active_version=to, actor=actor)
         check_text(actor, "actor")
-        with storage_errors(), self._changing():
+        with storage_errors(), self._changing(tenant, task):
             result = self._catalog.rollback(tenant, task, actor)
-            failpoints.hit(failpoints.ACTIVATE_COMMITTED)
+        failpoints.hit(failpoints.ACTIVATE_COMMITTED)
         return result
 
     def delete_task(self, tenant: str, task: str, *, actor: str = "") -> None:
         """Remove all versions; the name stays retired in this tenant. Raises TaskNotFound."""
         check_text(actor, "actor")
-        with storage_errors(), self._changing():
+        with storage_errors(), self._changing(tenant, task):
             digests = self._catalog.delete_task(tenant, task, actor)
             failpoints.hit(failpoints.DELETE_COMMITTED)
             self._custody.collect(digests)

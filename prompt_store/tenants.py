@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from prompt_store.audit import append_audit, iter_audit
+from prompt_store.base import StoreBase
 from prompt_store.faults import storage_errors
-from prompt_store.folder import StoreFolder
-from prompt_store.keyring import Keyring
+from prompt_store.keyring import Keyring, digest_secret
 from prompt_store.manifest import AuditEntry, Key, Quota, Receipt, StoredAmounts
 from prompt_store.names import check_text
 from prompt_store.quotas import Quotas
 from prompt_store.receipts import Receipts
 
 
-class TenantStore(StoreFolder):
+class TenantStore(StoreBase):
     # Keys
 
     def create_key(self, tenant: str, scopes: Collection[str], label: str = "", *, actor: str = "") -> tuple[Key, str]:
@@ -26,8 +26,15 @@ class TenantStore(StoreFolder):
             return Keyring(self._database).create_key(tenant, scopes, label, check_text(actor, "actor"))
 
     def verify_key(self, secret: str) -> Key | None:
-        """The key that `secret` proves; None for a wrong or revoked one."""
-        return Keyring(self._database).verify_key(secret)
+        """The key that `secret` proves; None for a wrong or revoked one.
+
+        While a shared database is away, what it said last of a good key counts, as long as it may be believed.
+        """
+        return self._last_known.ask(
+            ("key", digest_secret(secret)),
+            lambda: Keyring(self._database).verify_key(secret),
+            keeps=lambda key: key is not None,
+        )
 
     def list_keys(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
@@ -40,13 +47,13 @@ class TenantStore(StoreFolder):
 
     def has_keys(self) -> bool:
         """True once any key was made, also when all are revoked: revoking the last must not open the server."""
-        return Keyring(self._database).has_keys()
+        return self._last_known.ask("has keys", Keyring(self._database).has_keys)
 
     # Quotas
 
     def get_quota(self, tenant: str) -> Quota | None:
-        """None for a tenant that has none of its own."""
-        return Quotas(self._database).get_quota(tenant)
+        """None for a tenant that has none of its own. While a shared database is away, as `verify_key`."""
+        return self._last_known.ask(("quota", tenant), lambda: Quotas(self._database).get_quota(tenant))
 
     def set_quota(self, quota: Quota, *, actor: str = "") -> Quota:
         """Put it in the place of the tenant's former one. Raises InvalidName or InvalidValue."""
@@ -75,7 +82,7 @@ class TenantStore(StoreFolder):
         detail: Mapping[str, Any] | None = None,
     ) -> None:
         """Append an entry of the caller's own. What this class does, it logs by itself."""
-        with storage_errors(), self._write_lock, self._database.writing() as session:
+        with storage_errors(), self._appending("audit"), self._database.writing() as session:
             append_audit(
                 session, tenant, actor=actor, action=action, task=task, version=version, digest=digest, detail=detail
             )
@@ -86,7 +93,7 @@ class TenantStore(StoreFolder):
 
     def append_receipts(self, receipts: Sequence[Receipt], *, max_rows: int) -> None:
         """All of them or, on an error, none; of those kept then, the newest `max_rows` stay."""
-        with storage_errors(), self._write_lock, self._cache.unaffected():
+        with storage_errors(), self._appending("receipts"):
             Receipts(self._database).append(receipts, max_rows)
 
     def iter_receipts(

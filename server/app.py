@@ -14,6 +14,8 @@ from server.api import (
     classify,
     compare,
     completions,
+    files,
+    fine_tuning,
     gates,
     health,
     inspect,
@@ -49,6 +51,8 @@ ROUTERS = (
     inspect.router,
     compare.router,
     gates.router,
+    files.router,
+    fine_tuning.router,
     keys.router,
     tenants.router,
     health.router,
@@ -94,7 +98,11 @@ def create_app(
     # The last one added is the outermost.
     app.add_middleware(AuthMiddleware, runtime=runtime)
     app.add_middleware(
-        BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes
+        BodyLimitMiddleware,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        max_training_file_bytes=settings.max_training_file_bytes,
+        body_timeout_s=settings.body_timeout_s,
     )
     app.add_middleware(
         ObserveMiddleware, metrics=metrics, routes=[route for router in ROUTERS for route in router.routes]
@@ -147,6 +155,7 @@ def make_engine_config(settings: Settings) -> "EngineConfig":
         is_deterministic=settings.deterministic == "on",
         overlaps=None if settings.overlap == "auto" else settings.overlap == "on",
         compiles=settings.compile == "auto",
+        background_share=settings.training_share,
     )
 
 

@@ -8,16 +8,19 @@
     ├── TaskNotFoundError               404 model_not_found
     ├── NotFoundError                   404 not_found
     ├── MethodNotAllowedError           405 method_not_allowed
+    ├── RequestTimeoutError             408 request_timeout
     ├── ConflictError                   409 conflict            (x-should-retry: false)
     ├── PayloadTooLargeError            413 payload_too_large
     ├── UnsupportedFileError            415 unsupported_file
     ├── PromptMismatchError             422 prompt_mismatch
     ├── QuotaExceededError              429 quota_exceeded      (Retry-After)
-    │   └── RateLimitExceededError      429 rate_limit_exceeded (Retry-After)
+    │   ├── RateLimitExceededError      429 rate_limit_exceeded (Retry-After)
+    │   └── StorageQuotaExceededError   429 storage_quota_exceeded (Retry-After, x-should-retry: false)
     ├── UnavailableError                503 unavailable         (Retry-After)
     │   ├── QueueFullError              503 queue_full
     │   ├── LoadingError                503 loading
     │   ├── DrainingError               503 draining
+    │   ├── StoreUnavailableError       503 store_unavailable
     │   └── EngineFailedError           503 engine_failed
     ├── PromptCorruptError              503 prompt_corrupt      (x-should-retry: false)
     ├── StorageFullError                507 storage_full
@@ -114,6 +117,14 @@ class MethodNotAllowedError(PromptmuxError):
     default_code = "method_not_allowed"
 
 
+class RequestTimeoutError(PromptmuxError):
+    """The body did not arrive in time; its connection is closed."""
+
+    status = 408
+    error_type = "invalid_request_error"
+    default_code = "request_timeout"
+
+
 class ConflictError(PromptmuxError):
     """A compare-and-swap was lost, or the version is active."""
 
@@ -146,7 +157,10 @@ class PromptMismatchError(PromptmuxError):
 
 
 class QuotaExceededError(PromptmuxError):
-    """The tenant has as much as it may have. `retry_in_s` is rounded up, to 1 to 30 s, for `Retry-After`."""
+    """The tenant has as much as it may have. `retry_in_s` is rounded up, to 1 to 30 s, for `Retry-After`.
+
+    `helps_waiting` false: the same request would be refused for ever, which clients that retry by themselves are told.
+    """
 
     status = 429
     error_type = "rate_limit_error"
@@ -160,16 +174,20 @@ class QuotaExceededError(PromptmuxError):
         param: str | None = None,
         code: str | None = None,
         retry_in_s: float | None = None,
+        helps_waiting: bool = True,
         more_headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message, param=param, code=code)
         self._retry_in_s = retry_in_s
+        self._helps_waiting = helps_waiting
         self._more_headers = dict(more_headers or {})
 
     def headers(self) -> dict[str, str]:
         headers = super().headers() | self._more_headers
         if self._retry_in_s is not None:
             headers["Retry-After"] = str(min(max(math.ceil(self._retry_in_s), 1), MAX_RETRY_AFTER_S))
+        if not self._helps_waiting:
+            headers["x-should-retry"] = "false"
         return headers
 
 
@@ -177,6 +195,14 @@ class RateLimitExceededError(QuotaExceededError):
     """The tenant's requests or tokens of a minute are used up."""
 
     default_code = "rate_limit_exceeded"
+
+
+class StorageQuotaExceededError(QuotaExceededError):
+    """The tenant's stored prompts, bytes or virtual tokens are used up: deleting some helps, waiting does not."""
+
+    default_code = "storage_quota_exceeded"
+    retry_after_s = MAX_RETRY_AFTER_S
+    should_retry = False
 
 
 class UnavailableError(PromptmuxError):
@@ -197,6 +223,13 @@ class LoadingError(UnavailableError):
 
 class DrainingError(UnavailableError):
     default_code = "draining"
+    retry_after_s = 5
+
+
+class StoreUnavailableError(UnavailableError):
+    """The database of a shared store is away: what is remembered is served, nothing can be changed."""
+
+    default_code = "store_unavailable"
     retry_after_s = 5
 
 

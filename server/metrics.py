@@ -28,14 +28,21 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _STEP_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_CHANGE_LAG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 
 TIERS = ("device", "host")
 GATE_RESULTS = ("passed", "failed", "conflict", "error")
 RECEIPT_RESULTS = ("written", "dropped", "failed")
+STEP_FORMS = ("full", "limited", "express")
 STEP_PHASES = ("plan", "forward", "sample", "deliver")
+JOB_RESULTS = ("succeeded", "failed", "cancelled")
+JOB_STATUSES = ("queued", "running")
+BESIDE_ROWS = ("yes", "no")
+# The codes that alerts look for; a row may fail for others.
+ROW_FAILURES = ("non_finite_logits", "isolation_violation", "prompt_corrupt")
 AUDIT_RESULTS = ("match", "mismatch", "skipped", "error")
-BUILD_LABELS = ("version", "torch", "backbone", "device", "dtype", "path")
+BUILD_LABELS = ("version", "torch", "backbone", "fingerprint", "device", "dtype", "path")
 
 
 class Metrics:
@@ -67,6 +74,12 @@ class Metrics:
         self.num_preemptions_total = self._counter(
             "num_preemptions_total", "Rows that gave up their memory and are computed again later."
         )
+        self.steps_total = self._counter(
+            "steps_total",
+            "Steps: full, limited (tenants with more than their share got part of it, since a small one is about), or "
+            "express (a small tenant's rows alone).",
+            ("form",),
+        )
         self.requests_total = self._counter(
             "requests_total",
             "HTTP requests by route template (`other` where none matched) and status code.",
@@ -74,6 +87,9 @@ class Metrics:
         )
         self.request_success_total = self._counter(
             "request_success_total", "Rows that ended well, by finish reason.", ("finish_reason",)
+        )
+        self.rows_failed_total = self._counter(
+            "rows_failed_total", "Rows that ended with an error, by its code.", ("reason",)
         )
         self.requests_rejected_total = self._counter(
             "requests_rejected_total", "Requests refused before they ran, by error code.", ("reason",)
@@ -112,11 +128,44 @@ class Metrics:
             "active), or error.",
             ("result",),
         )
+        self.store_reachable = self._gauge(
+            "store_reachable", "1 while the store's database answers, which a folder's always does; else 0."
+        )
+        self.store_stale_seconds = self._gauge(
+            "store_stale_seconds",
+            "Since all changes of other servers of the shared store were known. Under a second while it answers.",
+        )
+        self.store_position = self._gauge(
+            "store_position",
+            "Number of the last change of the shared store that is in force here; 0 where the store is a folder's. "
+            "Servers of one store that differ for longer than a second serve different versions.",
+        )
+        self.store_reconnects_total = self._counter(
+            "store_reconnects_total", "Times that the connection to the shared store was lost and made again."
+        )
+        self.store_change_lag_seconds = self._histogram(
+            "store_change_lag_seconds",
+            "From another server's change of the shared store to its being in force here, by the store's clock.",
+            _CHANGE_LAG_S,
+        )
         self.receipts_total = self._counter(
             "receipts_total",
             "Receipts: written, dropped (the queue was full) or failed (the disk did not take them).",
             ("result",),
         )
+        self.background_seconds_total = self._counter(
+            "background_seconds_total",
+            "Engine time that training took, by whether rows waited or ran beside it.",
+            ("beside_rows",),
+        )
+        self.training_jobs_total = self._counter(
+            "training_jobs_total", "Training jobs that came to an end, by result.", ("result",)
+        )
+        self.training_steps_total = self._counter("training_steps_total", "Optimizer steps of training jobs.")
+        self.training_examples_total = self._counter(
+            "training_examples_total", "Examples that steps of training jobs have used, each time one was."
+        )
+        self.training_jobs_unfinished = self._gauge("training_jobs_unfinished", "Training jobs by status.", ("status",))
         self.client_disconnects_total = self._counter(
             "client_disconnects_total", "Requests whose client left, or stopped reading, before the end."
         )
@@ -146,9 +195,11 @@ class Metrics:
 
         self._start_at_zero()
 
-    def set_build_info(self, *, version: str, torch: str, backbone: str, device: str, dtype: str, path: str) -> None:
+    def set_build_info(
+        self, *, version: str, torch: str, backbone: str, fingerprint: str, device: str, dtype: str, path: str
+    ) -> None:
         """Publishes what runs; `path` is how the backbone is served: `packed` or `dense`."""
-        values = (version, torch, backbone, device, dtype, path)
+        values = (version, torch, backbone, fingerprint, device, dtype, path)
         self.build_info.info(dict(zip(BUILD_LABELS, values, strict=True)))
 
     def render(self) -> tuple[bytes, str]:
@@ -166,17 +217,27 @@ class Metrics:
                 counter.labels(tier=tier)
         for reason in ("stop", "length"):
             self.request_success_total.labels(finish_reason=reason)
+        for reason in ROW_FAILURES:
+            self.rows_failed_total.labels(reason=reason)
         for result in AUDIT_RESULTS:
             self.isolation_audits_total.labels(result=result)
         for result in GATE_RESULTS:
             self.gate_runs_total.labels(result=result)
         for result in RECEIPT_RESULTS:
             self.receipts_total.labels(result=result)
+        for result in JOB_RESULTS:
+            self.training_jobs_total.labels(result=result)
+        for status in JOB_STATUSES:
+            self.training_jobs_unfinished.labels(status=status)
+        for is_beside_rows in BESIDE_ROWS:
+            self.background_seconds_total.labels(beside_rows=is_beside_rows)
+        for form in STEP_FORMS:
+            self.steps_total.labels(form=form)
         for phase in STEP_PHASES:
             self.step_seconds.labels(phase=phase)
 
-    def _gauge(self, name: str, help_text: str) -> Gauge:
-        return Gauge(PREFIX + name, help_text, registry=self.registry)
+    def _gauge(self, name: str, help_text: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(PREFIX + name, help_text, tuple(labels), registry=self.registry)
 
     def _counter(self, name: str, help_text: str, labels: Iterable[str] = ()) -> Counter:
         return Counter(PREFIX + name, help_text, tuple(labels), registry=self.registry)

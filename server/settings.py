@@ -7,41 +7,21 @@ come from (`server.settings_sources`) and what they are used for.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
     ConfigDict,
     Field,
-    TypeAdapter,
     field_validator,
     model_validator,
 )
 
 from server.embedded import default_cache_dir
+from server.setting_types import GIB, KIB, MIB, Bytes, Folder, OnOff
+from server.store_url import StoreUrl
+from server.training_settings import TrainingSettings
 
 ENV_PREFIX = "PROMPTMUX_"
-
-KIB = 1024
-MIB = 1024 * KIB
-GIB = 1024 * MIB
-
-_BYTE_SIZE = TypeAdapter(ByteSize)
-
-
-def _parse_size(value: object) -> object:
-    """Lets sizes be written as people write them: 1073741824, "1GiB", "500 MB"."""
-    return int(_BYTE_SIZE.validate_python(value)) if isinstance(value, str) else value
-
-
-def _expand_user(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str | Path) else value
-
-
-Bytes = Annotated[int, BeforeValidator(_parse_size)]
-Folder = Annotated[Path, BeforeValidator(_expand_user)]
 
 # The order and the headings of `promptmux serve --help` and docs/settings.md; a test holds that nothing is missing.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -53,11 +33,13 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "failure_grace_s",
         "slow_reader_timeout_s",
         "ping_interval_s",
+        "body_timeout_s",
         "upload_timeout_s",
         "metrics_port",
         "metrics_key_required",
     ),
     "Folders": ("data_dir", "cache_dir", "demo_dir"),
+    "Shared store": ("store", "store_max_stale_s"),
     "Batch": ("max_rows", "max_step_tokens", "prefill_chunk", "max_waiting_rows", "overlap", "deterministic"),
     "Memory": ("kv_cache_bytes", "prefix_cache_bytes", "host_prompt_bytes", "text_cache"),
     "Limits": ("max_virtual_tokens", "max_body_bytes", "max_upload_bytes", "max_request_tokens", "max_prompts"),
@@ -68,6 +50,17 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "default_max_prompts",
         "default_max_prompt_bytes",
         "default_max_virtual_tokens",
+    ),
+    "Training": (
+        "allow_training",
+        "training_share",
+        "training_jobs_at_once",
+        "max_training_steps",
+        "max_training_tokens",
+        "max_training_parameters",
+        "max_training_file_bytes",
+        "max_tenant_training_bytes",
+        "max_tenant_training_jobs",
     ),
     "Isolation": ("audit_share",),
     "Logs": ("log_format", "log_level", "receipts_max_rows"),
@@ -83,13 +76,12 @@ def default_data_dir() -> Path:
     return Path(base).expanduser() / "promptmux"
 
 
-OnOff = Literal["on", "off"]
-
-
-class Settings(BaseModel):
+class Settings(TrainingSettings):
     """All settings. Sizes are in bytes (text such as "64MiB" is understood), times in seconds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, hide_input_in_errors=True
+    )
 
     model: str | None = Field(
         None,
@@ -160,15 +152,32 @@ class Settings(BaseModel):
         le=86400,
         description="A silent stream gets a comment line this often, so that proxies keep it open.",
     )
+    body_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        le=86400,
+        description="How long the body of a request that is not an upload may take to arrive; then it gets 408.",
+    )
     upload_timeout_s: float = Field(
         120.0,
         gt=0,
         le=86400,
-        description="How long the body of a prompt upload may take to arrive.",
+        description="How long the body of an upload may take to arrive; then it gets 408.",
     )
     data_dir: Folder = Field(
         default_factory=default_data_dir,
         description="The store of prompts, tasks and keys. Back it up. Only one server uses it at a time.",
+    )
+    store: StoreUrl | None = Field(
+        None,
+        description="postgresql://USER:PASSWORD@HOST/DATABASE: a store that many servers share, instead of the one in "
+        "data_dir.",
+    )
+    store_max_stale_s: float = Field(
+        300.0,
+        ge=0,
+        le=86400,
+        description="How long a server whose shared store is away answers from what it remembers of it.",
     )
     cache_dir: Folder = Field(
         default_factory=default_cache_dir,
@@ -325,6 +334,11 @@ class Settings(BaseModel):
         if isinstance(value, bool):
             raise ValueError("a boolean is not a value of this setting")
         return value
+
+    @property
+    def store_location(self) -> str | Path:
+        """Where the store is: the URL of a shared one, or the folder."""
+        return self.data_dir if self.store is None else self.store.get_secret_value()
 
     @model_validator(mode="after")
     def _check_budgets(self) -> Self:

@@ -25,6 +25,7 @@ class ByteTokenizer:
 
     all_special_ids: Sequence[int] = (BOS_ID, EOS_ID)
     special_tokens_map: Mapping[str, str] = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    added_tokens_decoder: Mapping[int, Any] = {}
     chat_template: str | None = CHAT_TEMPLATE
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:

@@ -1,10 +1,12 @@
 """What all tests share: a quiet, offline transformers, and tiny backbones made once a run."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.postgresql import PostgresServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,3 +31,14 @@ def tiny_backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         return made[family]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL of the tests' own. Where none is installed, tests that ask for it fail: see tests/postgresql.py."""
+    server = PostgresServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()

@@ -197,6 +197,9 @@ class EchoEngine:
     def pin(self, refs: Sequence[PromptRef]) -> None:
         self.pinned = tuple(refs)
 
+    def set_background(self, work: object) -> None:
+        raise AssertionError("an engine without a model trains nothing")
+
     def start_drain(self) -> None:
         with self._changed:
             self._is_draining = True

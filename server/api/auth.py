@@ -33,6 +33,9 @@ _RULES: tuple[tuple[re.Pattern[str], bool, KeyScope], ...] = (
     (re.compile(r"/v1/tasks(/.*)?"), True, "infer"),
     (re.compile(r"/v1/tasks(/.*)?"), False, "write"),
     (re.compile(r"/v1/audit"), True, "admin"),
+    # What a tenant teaches its prompts is for those who may make them.
+    (re.compile(r"/v1/(files|fine_tuning)(/.*)?"), True, "write"),
+    (re.compile(r"/v1/(files|fine_tuning)(/.*)?"), False, "write"),
     # The operator's: they speak of all tenants.
     (re.compile(r"/v1/(keys|tenants)(/.*)?"), True, "admin"),
     (re.compile(r"/v1/((keys|tenants)(/.*)?|reload)"), False, "admin"),

@@ -16,6 +16,7 @@ MAX_MESSAGES = 1024
 MAX_PARTS = 256
 MAX_NAME_CHARS = 64
 MAX_METADATA = 16
+MAX_MODALITIES = 8
 
 Role = Literal["system", "developer", "user", "assistant"]
 
@@ -102,7 +103,9 @@ class ChatCompletionRequest(GenerationFields):
     tool_choice: Any = Field(None, description='Not supported: must be "none", "auto" or null.')
     functions: list[Any] | None = Field(None, description="Not supported: must be empty or null.")
     function_call: Any = Field(None, description='Not supported: must be "none", "auto" or null.')
-    modalities: list[str] | None = Field(None, description='Not supported but for `["text"]`.')
+    modalities: list[str] | None = Field(
+        None, max_length=MAX_MODALITIES, description='Not supported but for `["text"]`.'
+    )
     audio: Any = Field(None, description="Not supported: must be null.")
     prediction: Any = Field(None, description="Not supported: must be null.")
     reasoning_effort: Any = Field(None, description="Not supported: must be null.")

@@ -77,6 +77,7 @@ async def classify(
         runtime.parts.codec,
         separator=body.separator if body.separator is None else check_unicode(body.separator, "separator"),
         add_special_tokens=value_or(body.add_special_tokens, True),
+        max_model_len=backbone.max_model_len,
         max_tokens=runtime.settings.max_request_tokens,
     )
     running = await start(

@@ -17,8 +17,8 @@ from server.api.strict_json import StrictJSONRoute
 from server.errors import InvalidRequestError, PermissionDeniedError, PromptmuxError
 from server.runtime.answers import tokenize_questions
 from server.runtime.comparison import MAX_INPUTS, Comparison, compare
+from server.runtime.ownership import may_change
 from server.runtime.service import Runtime
-from server.runtime.tasks import may_change
 from server.tenancy.keys import Caller
 
 DEFAULT_MAX_TOKENS = 32
@@ -71,6 +71,7 @@ async def compare_versions(
         tokenize_questions,
         texts,
         runtime.parts.codec,
+        max_model_len=runtime.parts.backbone.max_model_len,
         param=param,
     )
     first, second = (_reference(runtime, version) for version in found)

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from server.api.common_schemas import PromptIdentity
 from server.api.sampling_schemas import MAX_LOGPROBS, GenerationFields, Usage
 
+# The server's `max_prompts` is the limit; this is the largest that it can be.
+MAX_TASKS = 65_536
+
 PromptField = Annotated[
     Any,
     WithJsonSchema(
@@ -53,6 +56,8 @@ class CompletionRequest(GenerationFields):
     )
     tasks: list[str] | None = Field(
         None,
+        max_length=MAX_TASKS,
+        fail_fast=True,
         description="Extension: one task an item of `prompt`, or several tasks for one prompt. Each choice then "
         "carries `task` and its own `prompt`.",
     )

@@ -37,6 +37,12 @@ _WORDS = {
     "model_attributes_type": "must be an object",
     "string_unicode": "must be valid Unicode text",
     "finite_number": "must be a finite number",
+    "too_short": "has fewer than {min_length} items",
+    "too_long": "has more than {max_length} items",
+    "string_too_short": "has fewer than {min_length} characters",
+    "string_too_long": "has more than {max_length} characters",
+    "string_pattern_mismatch": "must match {pattern}",
+    "int_parsing": "must be an integer",
 }
 
 
@@ -63,7 +69,8 @@ def from_validation(errors: Sequence[Any]) -> InvalidRequestError:
     if kind == "value_error":
         reason = str(first.get("ctx", {}).get("error", first["msg"]))
     else:
-        reason = _WORDS.get(kind) or first["msg"].removeprefix("Input should be ").strip()
+        words = _WORDS.get(kind, "").format_map(first.get("ctx", {}))
+        reason = words or first["msg"].removeprefix("Input should be ").strip()
         if kind not in _WORDS and first["msg"].startswith("Input should be "):
             reason = f"must be {reason}"
     return InvalidRequestError(f"{path}: {reason}." if path else f"The body {reason}.", param=path or None)

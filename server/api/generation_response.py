@@ -18,7 +18,7 @@ from server import errors
 from server.api.common_schemas import documented_errors
 from server.api.context import RequestContext
 from server.api.sampling_schemas import StreamOptions
-from server.api.sse import EventStream, cancel_on_disconnect
+from server.api.sse import EventStream, cancel_on_disconnect, write_json
 from server.engine.request import PromptRef, RowOutput
 from server.errors import PromptmuxError
 from server.runtime.generation import Generation, GenerationSpec
@@ -152,7 +152,8 @@ async def respond(
     outputs = await collect(running, request, runtime)
     if outputs is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return json_response(writer.whole(outputs), headers)
+    answer = await write_json(lambda: dump_json(writer.whole(outputs)), outputs)
+    return Response(answer, headers=headers, media_type="application/json")
 
 
 async def start(
@@ -205,6 +206,7 @@ def documented_generation_errors(*more: type[PromptmuxError]) -> dict[int | str,
         errors.ContextLengthExceededError,
         errors.TaskNotFoundError,
         errors.PayloadTooLargeError,
+        errors.RequestTimeoutError,
         errors.QuotaExceededError,
         errors.RateLimitExceededError,
         errors.QueueFullError,

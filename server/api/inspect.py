@@ -14,7 +14,9 @@ from server.api.strict_json import StrictJSONRoute
 from server.api.task_schemas import MAX_VERSION
 from server.errors import TaskNotFoundError
 from server.runtime.inspection import inspect
+from server.runtime.ownership import check_may_read
 from server.runtime.parts import Parts
+from server.tenancy.keys import Caller
 
 router = APIRouter(route_class=StrictJSONRoute, tags=["tasks"])
 
@@ -38,7 +40,7 @@ async def inspect_version(
     caller: CurrentCaller,
 ) -> Response:
     """The tokens of the vocabulary nearest to each virtual token, its norm beside the vocabulary's, and, with
-    `against`, how far another version of the task is.
+    `against`, how far another version of the task is. 403 for a shared one of another tenant.
 
     Prefixes hold keys and values, which lie next to no token: norms and distances are given layer by layer. 400 for
     `against` of another kind.
@@ -46,15 +48,15 @@ async def inspect_version(
     parts = runtime.parts
     # One at a time: a prompt may be large, and the engine needs the CPU more.
     async with runtime.inspecting():
-        answer = await runtime.call(_inspect, parts, caller.tenant, task, version, query)
+        answer = await runtime.call(_inspect, parts, caller, task, version, query)
     return Response(answer, media_type="application/json")
 
 
-def _inspect(parts: Parts, tenant: str, task: str, version: int, query: InspectQuery) -> str:
+def _inspect(parts: Parts, caller: Caller, task: str, version: int, query: InspectQuery) -> str:
     """The answer's JSON, which may have megabytes: written here, in a thread, and not on the event loop."""
     tasks = parts.tasks
-    found = tasks.get_version(tenant, task, version).version
-    against = _find_against(parts, tenant, found, query.against) if query.against is not None else None
+    found = check_may_read(caller, tasks.get_version(caller.tenant, task, version).version)
+    against = _find_against(parts, caller, found, query.against) if query.against is not None else None
     inspection = inspect(
         tasks.read_prompt(found),
         vocabulary=parts.backbone.vocabulary,
@@ -67,11 +69,12 @@ def _inspect(parts: Parts, tenant: str, task: str, version: int, query: InspectQ
     ).model_dump_json()
 
 
-def _find_against(parts: Parts, tenant: str, version: PromptVersion, reference: str) -> PromptVersion:
+def _find_against(parts: Parts, caller: Caller, version: PromptVersion, reference: str) -> PromptVersion:
     try:
         if not reference.startswith("sha256:"):
-            return parts.tasks.get_version(tenant, version.task, int(reference)).version
-        found = parts.tasks.find(tenant, f"{version.task}@{reference}")
+            found = parts.tasks.get_version(caller.tenant, version.task, int(reference)).version
+        else:
+            found = parts.tasks.find(caller.tenant, f"{version.task}@{reference}")
     except TaskNotFoundError as error:
         raise TaskNotFoundError(error.message, param="against") from error
-    return found
+    return check_may_read(caller, found)

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its limit of bytes, its access line and its place in the metrics.
+"""What surrounds every request: its id, its limits of bytes and of time, its access line and its place in the metrics.
 
 Pure ASGI, so that a stream pays nothing a token. `ObserveMiddleware` is outermost and turns whatever is raised further
 in into an error body, once, whoever raises it; nothing of an unexpected exception reaches the client.
@@ -17,13 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.context import REQUEST_ID_HEADER, RequestContext, attach_context, context_of
 from server.api.errors import error_response
-from server.errors import InvalidRequestError, PayloadTooLargeError, PromptmuxError
+from server.errors import InvalidRequestError, PayloadTooLargeError, PromptmuxError, RequestTimeoutError
 from server.logs import AccessLine, log_access
 from server.metrics import Metrics
 
 # Statuses with which a request is refused before it runs.
-_REJECTED = frozenset({400, 401, 403, 404, 409, 413, 415, 422, 429, 503, 507})
+_REJECTED = frozenset({400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 507})
 _UPLOAD_PATH = re.compile(r"/v1/tasks/[^/]+/versions")
+_TRAINING_FILE_PATH = re.compile(r"/v1/files")
+# What a form has around its file.
+_FORM_BYTES = 64 * 1024
 
 # After a refusal the client is still sending. Reading on for a moment lets it see the answer before the connection
 # ends; whoever sends more than this is cut off.
@@ -46,6 +49,8 @@ class ObserveMiddleware:
             await self._app(scope, receive, send)
             return
         context = attach_context(scope)
+        # A HEAD is a GET whose body is not sent: the server underneath sees to that, by its own scope.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
@@ -54,12 +59,14 @@ class ObserveMiddleware:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = context.request_id
+                if status == 405 and (allowed := self._allowed_methods(scope)):
+                    headers["allow"] = ", ".join(allowed)
                 if context.running is not None:
                     headers.update(context.running.reservation.headers)
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(inner, receive, send_with_id)
         except PromptmuxError as error:
             context.error_code = error.code
             if status is None:
@@ -103,6 +110,14 @@ class ObserveMiddleware:
             )
         )
 
+    def _allowed_methods(self, scope: Scope) -> list[str]:
+        """Of all routes of a path; the framework names those of the first one alone."""
+        methods: set[str] = set()
+        for route in self._routes:
+            if route.matches(scope)[0] is not Match.NONE:
+                methods |= getattr(route, "methods", None) or set()
+        return sorted(methods | {"HEAD"} if "GET" in methods else methods)
+
     def _endpoint(self, scope: Scope) -> str:
         """The route's template: paths themselves would make a series a task."""
         route = scope.get("route")
@@ -114,33 +129,53 @@ class ObserveMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Counts a body's bytes as they come and answers 413 as soon as there are too many, or at once if it is declared.
+    """Counts a body's bytes as they come and answers 413 as soon as there are too many, or at once if it is declared;
+    and 408 when it is not whole in time.
 
-    Uploads have a limit of their own. Nothing of a refused body is kept.
+    Uploads have limits of their own, that of time in `upload_form`. Nothing of a refused body is kept.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        max_upload_bytes: int,
+        max_training_file_bytes: int,
+        body_timeout_s: float,
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
-        self._max_upload_bytes = max_upload_bytes
+        self._upload_limits = (
+            (_UPLOAD_PATH, max_upload_bytes),
+            (_TRAINING_FILE_PATH, max_training_file_bytes + _FORM_BYTES),
+        )
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_upload = scope["method"] == "POST" and _UPLOAD_PATH.fullmatch(scope["path"]) is not None
-        limit = self._max_upload_bytes if is_upload else self._max_body_bytes
+        upload_limit = next((limit for path, limit in self._upload_limits if path.fullmatch(scope["path"])), None)
+        is_upload = scope["method"] == "POST" and upload_limit is not None
+        limit = upload_limit if is_upload and upload_limit is not None else self._max_body_bytes
         too_large = PayloadTooLargeError(f"The body is larger than {limit} bytes.")
         num_bytes = 0
         has_overrun = False
-        # Some of the body was read, and there is more.
+        # Its reading has begun, and there is more to come.
         is_partly_read = False
+        is_whole = False
+        deadline_s = asyncio.get_running_loop().time() + self._body_timeout_s
 
         async def receive_counted() -> Message:
-            nonlocal num_bytes, has_overrun, is_partly_read
-            message = await receive()
+            nonlocal num_bytes, has_overrun, is_partly_read, is_whole
+            if is_whole:
+                return await receive()
+            is_partly_read = True
+            message = await (receive() if is_upload else self._receive_in_time(receive, deadline_s))
             if message["type"] == "http.request":
                 is_partly_read = message.get("more_body", False)
+                is_whole = not is_partly_read
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > limit:
                     has_overrun = True
@@ -164,6 +199,13 @@ class BodyLimitMiddleware:
             await error_response(too_large)(scope, receive, send_watched)
             return
         await self._app(scope, receive_counted, send_watched)
+
+    async def _receive_in_time(self, receive: Receive, deadline_s: float) -> Message:
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await receive()
+        except TimeoutError:
+            raise RequestTimeoutError(f"The body did not arrive within {self._body_timeout_s:g} seconds.") from None
 
 
 async def _linger(receive: Receive) -> None:

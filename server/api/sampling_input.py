@@ -95,7 +95,7 @@ def check_ids(ids: list[Any], param: str, vocab_size: int, max_model_len: int) -
     if not ids:
         raise InvalidRequestError(f"{param}: must not be empty", param=param)
     # Before the ids are looked at: a body may hold millions.
-    check_length(len(ids), 0, 0, max_model_len)
+    check_length(len(ids), 0, 0, max_model_len, param)
     return check_vocabulary(ids, param, vocab_size)
 
 
@@ -113,7 +113,8 @@ def check_vocabulary(ids: list[Any], param: str, vocab_size: int) -> tuple[int, 
 def check_reference(reference: str, param: str) -> str:
     """Raises TaskNotFoundError for a name that no task can have."""
     if not reference or len(reference) > MAX_REFERENCE_CHARS:
-        raise TaskNotFoundError(f"The model {reference[:MAX_REFERENCE_CHARS]!r} does not exist.", param=param)
+        shown = reference[:MAX_REFERENCE_CHARS]
+        raise TaskNotFoundError(f"The model `{shown}` does not exist or you do not have access to it.", param=param)
     return reference
 
 
@@ -148,7 +149,8 @@ def _logit_bias(value: Any, vocab_size: int) -> dict[int, float]:
             raise InvalidRequestError(
                 f"logit_bias: keys must be token ids below {vocab_size}", param=f"logit_bias.{key[:40]}"
             )
-        if type(bias) not in (int, float) or not math.isfinite(bias):
+        # Compared, not converted: an integer may have more digits than a float.
+        if type(bias) not in (int, float) or not -math.inf < bias < math.inf:
             raise InvalidRequestError("logit_bias: values must be finite numbers", param=f"logit_bias.{key}")
-        biases[int(key)] = min(max(float(bias), -MAX_BIAS), MAX_BIAS)
+        biases[int(key)] = float(min(max(bias, -MAX_BIAS), MAX_BIAS))
     return biases

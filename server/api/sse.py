@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -22,6 +23,8 @@ from server.runtime.streams import RowStream
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+# Twenty alternatives each take about a hundredth of a second.
+MAX_INLINE_ENTRIES = 512
 
 
 def data_event(value: Any) -> bytes:
@@ -40,6 +43,14 @@ class ChunkWriter(Protocol):
 
     def chunks(self, outputs: Sequence[RowOutput]) -> list[Any]: ...
     def last_chunks(self) -> list[Any]: ...
+
+
+async def write_json(write: Callable[[], bytes], outputs: Sequence[RowOutput]) -> bytes:
+    """What `write` makes of these outputs: in a thread where they have log-probabilities of many tokens, as those of a
+    long prompt that is echoed; they would hold up the event loop, and with it all other streams.
+    """
+    num_entries = sum(len(output.logprobs) + len(output.prompt_logprobs or ()) for output in outputs)
+    return write() if num_entries <= MAX_INLINE_ENTRIES else await run_in_threadpool(write)
 
 
 @asynccontextmanager
@@ -113,9 +124,9 @@ class EventStream(Response):
             if error is not None:
                 self._context.error_code = error.code
                 sound = [output for output in outputs if output.error is None]
-                yield self._events(self._writer.chunks(sound)) + error_event(error) + DONE, True
+                yield await self._write(sound) + error_event(error) + DONE, True
                 return
-            events = self._events(self._writer.chunks(outputs))
+            events = await self._write(outputs)
             if self._stream.is_finished:
                 if not self._stream.is_closed:
                     yield events + self._events(self._writer.last_chunks()) + DONE, True
@@ -125,6 +136,9 @@ class EventStream(Response):
             outputs = await self._stream.read(self._ping_interval_s)
             if not outputs and not self._stream.is_finished:
                 yield PING, False
+
+    async def _write(self, outputs: Sequence[RowOutput]) -> bytes:
+        return await write_json(lambda: self._events(self._writer.chunks(outputs)), outputs)
 
     def _give_up(self) -> None:
         """The client is gone, or as good as gone."""

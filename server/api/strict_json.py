@@ -1,7 +1,8 @@
 """JSON bodies read strictly, before the framework sees them.
 
 Python's reader takes NaN, Infinity, numbers that overflow to infinity, and a key given twice. None of them is one
-value that client and server agree on, so each is refused, naming the field where one can be named.
+value that client and server agree on, so each is refused, naming the field where one can be named. What a body may be
+made of at all is bounded first (`json_bounds`).
 """
 
 import json
@@ -15,14 +16,18 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from server.api.json_bounds import check_bounds
 from server.errors import InvalidRequestError
 
 # Longer bodies are read in a thread: one of many small objects takes a tenth of a second a megabyte.
 MAX_INLINE_BYTES = 128 * 1024
+# More than any field is for: each unknown key would become an error of its own.
+MAX_KEYS = 1024
 
 
 def parse_json(body: bytes) -> Any:
     """The value of `body`. Raises InvalidRequestError."""
+    check_bounds(body)
     has_non_finite = False
 
     def to_float(text: str) -> float:
@@ -31,9 +36,15 @@ def parse_json(body: bytes) -> Any:
         has_non_finite = has_non_finite or not math.isfinite(value)
         return value
 
+    # The reader of a long list of numbers would let no other thread run, and the event loop's is one of them.
+    parse_int = int if len(body) <= MAX_INLINE_BYTES else _to_int
     try:
         value = json.loads(
-            body.decode("utf-8"), parse_float=to_float, parse_constant=to_float, object_pairs_hook=_to_object
+            body.decode("utf-8"),
+            parse_int=parse_int,
+            parse_float=to_float,
+            parse_constant=to_float,
+            object_pairs_hook=_to_object,
         )
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"The body is not UTF-8: byte {error.start} cannot be decoded.") from None
@@ -50,7 +61,13 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
+def _to_int(text: str) -> int:
+    return int(text)
+
+
 def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequestError(f"An object has more than {MAX_KEYS} fields.")
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(key for key, _ in pairs)

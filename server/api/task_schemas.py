@@ -6,8 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prompt_store.manifest import Canary, CanaryChange, Gate, GateStatus, Provenance
 from server.runtime.gates import FAILURES
+from server.runtime.ownership import may_change
 from server.runtime.stats import Latency, TaskStats
-from server.runtime.tasks import TaskView, VersionView, may_change
+from server.runtime.tasks import TaskView, VersionView
 from server.tenancy.keys import Caller
 
 Residency = Literal["device", "host", "store"]

@@ -25,8 +25,10 @@ from server.api.task_schemas import (
     VersionPage,
 )
 from server.api.upload_form import OPENAPI_BODY, receive_form, to_upload
-from server.errors import InvalidRequestError, PromptmuxError
+from server.errors import InvalidRequestError, PromptmuxError, TaskNotFoundError
+from server.runtime.ownership import check_may_read
 from server.runtime.service import Runtime
+from server.runtime.tasks import TaskService
 from server.tenancy.keys import Caller
 
 VersionNumber = Annotated[int, Path(ge=1, le=MAX_VERSION)]
@@ -48,7 +50,8 @@ router = APIRouter(route_class=StrictJSONRoute, tags=["tasks"])
             errors.PayloadTooLargeError,
             errors.UnsupportedFileError,
             errors.PromptMismatchError,
-            errors.QuotaExceededError,
+            errors.StorageQuotaExceededError,
+            errors.RequestTimeoutError,
             errors.StorageFullError,
             errors.UnavailableError,
         ),
@@ -60,8 +63,8 @@ async def upload_version(
     """A file and its configuration as PEFT's `save_pretrained` writes them, checked strictly against the backbone.
 
     It is on disk when the answer comes. On any error nothing is stored. A body that takes too long to arrive is
-    refused with the code `upload_timeout`. With `gate_threshold` the version stays inactive until the gate's check,
-    which goes on after the answer, has passed.
+    refused with 408 and the code `upload_timeout`. With `gate_threshold` the version stays inactive until the gate's
+    check, which goes on after the answer, has passed.
     """
     uploads = runtime.metrics.prompt_uploads_total
     try:
@@ -82,13 +85,20 @@ async def upload_version(
     )
 
 
-@router.get("/v1/tasks", summary="List tasks", responses=documented_errors(errors.InvalidRequestError))
-async def list_tasks(page: Annotated[TaskPage, Query()], runtime: ReadyRuntime, caller: CurrentCaller) -> TaskList:
+@router.get(
+    "/v1/tasks",
+    response_model=TaskList,
+    summary="List tasks",
+    responses=documented_errors(errors.InvalidRequestError),
+)
+async def list_tasks(page: Annotated[TaskPage, Query()], runtime: ReadyRuntime, caller: CurrentCaller) -> Response:
     """The caller's own tasks and the shared ones, by name."""
-    views, has_more = await runtime.call(
-        runtime.parts.tasks.list_tasks, caller.tenant, limit=page.limit, after=page.after
-    )
-    return TaskList(data=[TaskObject.of(view) for view in views], has_more=has_more)
+
+    def read() -> str:
+        views, has_more = runtime.parts.tasks.list_tasks(caller.tenant, limit=page.limit, after=page.after)
+        return TaskList(data=[TaskObject.of(view) for view in views], has_more=has_more).model_dump_json()
+
+    return await _written_by(runtime, read)
 
 
 @router.get("/v1/tasks/{task}", summary="One task", responses=documented_errors(errors.TaskNotFoundError))
@@ -107,16 +117,37 @@ async def update_task(task: str, body: TaskUpdate, runtime: ReadyRuntime, caller
     """Atomic. Rows that are running keep the version that they hold."""
     if body.active_version is None and body.pinned is None and body.canary_change == "keep":
         raise InvalidRequestError("Give active_version, pinned or canary.")
-    view = await runtime.call(
-        runtime.parts.tasks.update_task,
-        caller,
-        task,
-        active_version=body.active_version,
-        expected_version=body.expected_version,
-        pinned=body.pinned,
-        canary=body.canary_change,
-    )
+    tasks = runtime.parts.tasks
+    try:
+        view = await runtime.call(
+            tasks.update_task,
+            caller,
+            task,
+            active_version=body.active_version,
+            expected_version=body.expected_version,
+            pinned=body.pinned,
+            canary=body.canary_change,
+        )
+    except TaskNotFoundError as error:
+        error.param = await runtime.call(_unknown_field, tasks, caller, task, body)
+        raise
     return TaskObject.of(view)
+
+
+def _unknown_field(tasks: TaskService, caller: Caller, task: str, body: TaskUpdate) -> str:
+    """The field that names a version which is not there; `task` where there is no such task to change."""
+    canary = None if body.canary is None else body.canary.version
+    fields = {"active_version": body.active_version, "canary.version": canary}
+    field = "task"
+    try:
+        tasks.get_task(caller.tenant, task)
+        for name, version in fields.items():
+            if version is not None:
+                field = name
+                tasks.get_version(caller.tenant, task, version)
+    except TaskNotFoundError:
+        return field
+    return "task"
 
 
 @router.post(
@@ -151,17 +182,20 @@ async def get_stats(task: str, runtime: ReadyRuntime, caller: CurrentCaller) -> 
 
 @router.get(
     "/v1/tasks/{task}/versions",
+    response_model=VersionList,
     summary="A task's history",
     responses=documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError),
 )
 async def list_versions(
     task: str, page: Annotated[VersionPage, Query()], runtime: ReadyRuntime, caller: CurrentCaller
-) -> VersionList:
+) -> Response:
     """Newest first."""
-    views, has_more = await runtime.call(
-        runtime.parts.tasks.list_versions, caller.tenant, task, limit=page.limit, after=page.after
-    )
-    return VersionList(data=[VersionObject.of(view, caller) for view in views], has_more=has_more)
+
+    def read() -> str:
+        views, has_more = runtime.parts.tasks.list_versions(caller.tenant, task, limit=page.limit, after=page.after)
+        return VersionList(data=[VersionObject.of(view, caller) for view in views], has_more=has_more).model_dump_json()
+
+    return await _written_by(runtime, read)
 
 
 @router.get(
@@ -205,7 +239,7 @@ _DOWNLOAD = documented_errors(errors.InvalidRequestError, errors.TaskNotFoundErr
 async def get_file(
     task: str, version: VersionNumber, request: Request, runtime: ReadyRuntime, caller: CurrentCaller
 ) -> Response:
-    """The bytes as uploaded, their digest checked now. `ETag` is the digest."""
+    """The bytes as uploaded, their digest checked now. `ETag` is the digest. 403 for a shared one of another tenant."""
     read = runtime.parts.tasks.read_file
     return await _download(request, runtime, caller, task, version, read, "application/octet-stream")
 
@@ -228,6 +262,11 @@ async def get_config(
     return await _download(request, runtime, caller, task, version, read, "application/json")
 
 
+async def _written_by(runtime: Runtime, read: Callable[[], str]) -> Response:
+    """JSON that is read and written in one thread: a page may have a thousand objects with metadata of kilobytes."""
+    return Response(await runtime.call(read), media_type="application/json")
+
+
 async def _download(
     request: Request,
     runtime: Runtime,
@@ -237,7 +276,8 @@ async def _download(
     read: Callable[[PromptVersion], bytes],
     media_type: str,
 ) -> Response:
-    found = (await runtime.call(runtime.parts.tasks.get_version, caller.tenant, task, version)).version
+    view = await runtime.call(runtime.parts.tasks.get_version, caller.tenant, task, version)
+    found = check_may_read(caller, view.version)
     if _has_it(request, found):
         return Response(status_code=304, headers=_etag(found))
     return Response(await runtime.call(read, found), headers=_etag(found), media_type=media_type)

@@ -20,14 +20,18 @@ from server.api.strict_json import StrictJSONRoute
 from server.errors import InvalidRequestError
 from server.runtime.chat_template import ChatTemplate
 from server.runtime.service import Runtime
-from server.runtime.tokens import TokenCodec
+from server.runtime.tokens import CHARS_PER_TOKEN, TokenCodec
 from server.tenancy.keys import Caller
 
 MAX_DETOKENIZE_IDS = 1 << 18
+# Or as many as are looked at of a prompt before it is refused as too long, where that is more.
+MAX_TOKENIZE_CHARS = 1 << 18
 
 router = APIRouter(route_class=StrictJSONRoute, tags=["tokenizer"])
 
-_REFUSALS = documented_errors(errors.InvalidRequestError, errors.TaskNotFoundError, errors.PayloadTooLargeError)
+_REFUSALS = documented_errors(
+    errors.InvalidRequestError, errors.TaskNotFoundError, errors.PayloadTooLargeError, errors.RequestTimeoutError
+)
 _MODEL = Field(None, description="Checked if given; every task has the backbone's tokenizer.")
 
 
@@ -43,7 +47,11 @@ class TokenizeRequest(BaseModel):
     )
 
     model: str | None = _MODEL
-    prompt: str | None = Field(None, description="May be empty.")
+    prompt: str | None = Field(
+        None,
+        description=f"May be empty. At most {MAX_TOKENIZE_CHARS} characters, or {CHARS_PER_TOKEN} a token of "
+        "`max_model_len` where that is more; so have messages, as the chat template writes them.",
+    )
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = Field(None, description="Default true. Only with `messages`.")
@@ -108,7 +116,8 @@ async def tokenize(body: TokenizeRequest, runtime: ReadyRuntime, caller: Current
         assert body.prompt is not None
         if body.add_generation_prompt is not None:
             raise InvalidRequestError("add_generation_prompt: only with messages", param="add_generation_prompt")
-        answer = await runtime.run_tokenizer(len(body.prompt), encode.text, check_unicode(body.prompt, "prompt"))
+        text = check_unicode(body.prompt, "prompt")
+        answer = await runtime.run_tokenizer(len(text), encode.text, text, "prompt")
     return Response(answer, media_type="application/json")
 
 
@@ -150,13 +159,19 @@ class _Encode:
     def __init__(self, codec: TokenCodec, *, max_model_len: int, add_special_tokens: bool, names_tokens: bool) -> None:
         self._codec = codec
         self._max_model_len = max_model_len
+        self._max_chars = max(MAX_TOKENIZE_CHARS, max_model_len * CHARS_PER_TOKEN)
         self._add_special_tokens = add_special_tokens
         self._names_tokens = names_tokens
 
     def messages(self, messages: list[dict[str, str]], template: ChatTemplate, add_generation_prompt: bool) -> bytes:
-        return self.text(template.render(messages, add_generation_prompt=add_generation_prompt))
+        text = template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.text(text, "messages")
 
-    def text(self, text: str) -> bytes:
+    def text(self, text: str, param: str) -> bytes:
+        if len(text) > self._max_chars:
+            raise InvalidRequestError(
+                f"{param}: at most {self._max_chars} characters are tokenised, got {len(text)}", param=param
+            )
         ids = self._codec.encode(text, add_special_tokens=self._add_special_tokens)
         return dump_json(
             {

@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from server.api.strict_json import parse_json
-from server.errors import InvalidRequestError, PayloadTooLargeError
+from server.errors import InvalidRequestError, PayloadTooLargeError, RequestTimeoutError
 from server.runtime.tasks import PromptUpload
 
 MAX_FIELD_BYTES = 64 * 1024
@@ -35,6 +35,8 @@ TEXT_FIELDS = (
     "gate_threshold",
 )
 MAX_PROBES_BYTES = 1024 * 1024
+MAX_FILENAME_CHARS = 100
+DEFAULT_FILENAME = "file.jsonl"
 _SHARE = re.compile(r"0|1|1\.0{1,20}|0?\.[0-9]{1,20}", re.ASCII)
 
 OPENAPI_BODY = {
@@ -107,7 +109,8 @@ OPENAPI_BODY = {
 async def receive_form(request: Request, timeout_s: float) -> AsyncIterator[FormData]:
     """The form once all of it is here; its temporary files are gone after the block.
 
-    Raises InvalidRequestError when it cannot be read or is not here within `timeout_s`, and PayloadTooLargeError.
+    Raises InvalidRequestError when it cannot be read, RequestTimeoutError when it is not here within `timeout_s`, and
+    PayloadTooLargeError.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         raise InvalidRequestError("Content-Type must be multipart/form-data.", code="unsupported_content_type")
@@ -115,7 +118,7 @@ async def receive_form(request: Request, timeout_s: float) -> AsyncIterator[Form
         async with asyncio.timeout(timeout_s):
             form = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=MAX_FIELD_BYTES)
     except TimeoutError:
-        raise InvalidRequestError(
+        raise RequestTimeoutError(
             f"The body did not arrive within {timeout_s:g} seconds.", code="upload_timeout"
         ) from None
     except HTTPException as error:
@@ -147,6 +150,33 @@ async def to_upload(form: FormData, task: str) -> PromptUpload:
         probes=await _read_probes(form),
         gate_threshold=_read_share(form, "gate_threshold"),
     )
+
+
+async def to_training_file(form: FormData, *, max_bytes: int) -> tuple[str, bytes]:
+    """A training file's name and its bytes. Raises InvalidRequestError naming the field, or PayloadTooLargeError."""
+    names = [name for name, _ in form.multi_items()]
+    for name in names:
+        if name not in ("file", "purpose"):
+            raise InvalidRequestError(f"{name[:100]}: not supported.", param=name[:100])
+        if names.count(name) > 1:
+            raise InvalidRequestError(f"Field {name!r} is given twice.", param=name)
+    purpose = _read_text(form, "purpose")
+    if purpose != "fine-tune":
+        raise InvalidRequestError("purpose: must be 'fine-tune', the only one that there is.", param="purpose")
+    file = form.get("file")
+    if isinstance(file, UploadFile) and file.size is not None and file.size > max_bytes:
+        raise PayloadTooLargeError(f"The file has more than the {max_bytes} bytes that are allowed.", param="file")
+    data = await _read_file(form, "file")
+    if len(data) > max_bytes:
+        raise PayloadTooLargeError(f"The file has more than the {max_bytes} bytes that are allowed.", param="file")
+    filename = file.filename if isinstance(file, UploadFile) else None
+    return _printable(filename or DEFAULT_FILENAME), data
+
+
+def _printable(filename: str) -> str:
+    """A client's own name for its file, fit for lists and messages; it names nothing on this machine."""
+    name = "".join(char if char.isprintable() else "_" for char in filename.replace("\\", "/").rpartition("/")[2])
+    return name[:MAX_FILENAME_CHARS] or DEFAULT_FILENAME
 
 
 async def _read_file(form: FormData, name: str) -> bytes:

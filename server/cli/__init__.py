@@ -14,10 +14,12 @@ from server.cli.bench import bench
 from server.cli.check import check
 from server.cli.doctor import doctor
 from server.cli.inspect import compare, inspect
+from server.cli.migrate import migrate
 from server.cli.output import EXIT_CODE_HELP, ExitCode
 from server.cli.push import push
 from server.cli.reload import reload
 from server.cli.serve import serve
+from server.cli.train import train
 
 SERVER, PROMPTS, TENANTS, TROUBLE = "Server", "Prompts", "Tenants", "Is all well?"
 
@@ -31,9 +33,9 @@ app = typer.Typer(
 )
 
 _COMMANDS = {
-    SERVER: (serve, local.config, reload, local.backbone, local.version, local.completion),
+    SERVER: (serve, local.config, reload, migrate, local.backbone, local.version, local.completion),
     PROMPTS: (
-        *(push, tasks.ls, tasks.show, tasks.pull, tasks.rm),
+        *(train, push, tasks.ls, tasks.show, tasks.pull, tasks.rm),
         *(rollout.activate, rollout.rollback, rollout.canary, rollout.pin, rollout.unpin, inspect, compare),
     ),
     TENANTS: (audit,),

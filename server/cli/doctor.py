@@ -46,16 +46,17 @@ def doctor(
 
 
 def _look(settings: Settings, url: str | None, key: str | None) -> "Iterator[Finding]":
-    from server.doctor import backbone, machine, packages, remote, storage
+    from server.doctor import backbone, compiler, machine, packages, remote, storage
     from server.doctor.findings import look
 
     checks = {
         "torch": packages.check_torch,
         "cpu": machine.check_cpu,
         "threads": machine.check_threads,
-        "compiler": machine.check_compiler,
+        "compiler": compiler.check_compiler,
         "backbone": backbone.check_backbone,
         "data folder": storage.check_data_folder,
+        "data folder lock": storage.check_holder,
         "store": storage.check_store,
         "cache folder": storage.check_cache_folder,
         "temporary folder": machine.check_temporary_folder,

@@ -31,6 +31,7 @@ EXIT_CODES = {
     401: ExitCode.DENIED,
     403: ExitCode.DENIED,
     404: ExitCode.NOT_FOUND,
+    408: ExitCode.BUSY,
     409: ExitCode.CONFLICT,
     413: ExitCode.REFUSED,
     415: ExitCode.REFUSED,
@@ -38,11 +39,23 @@ EXIT_CODES = {
     429: ExitCode.BUSY,
     503: ExitCode.BUSY,
 }
+# Where the answer says `x-should-retry: false`.
+_FOR_EVER = {
+    429: (
+        ExitCode.REFUSED,
+        "waiting does not help: `promptmux rm` what is not needed, or ask the operator for more (`promptmux quota`)",
+    ),
+    503: (
+        ExitCode.FAILED,
+        "waiting does not help: the stored file is damaged; push the prompt again, or restore a backup of the store",
+    ),
+}
 _HINTS = {
     400: "`promptmux COMMAND --help` tells what may be given",
     401: "give a key with --key or PROMPTMUX_KEY; `promptmux keys create` makes one",
     403: "use a key that has it: `promptmux keys create --scope …`, asked with an admin's key or with --data",
     404: "`promptmux ls` shows the tasks that this key sees",
+    408: "try again over a faster connection; the server's body_timeout_s and upload_timeout_s are the limits",
     409: "`promptmux show TASK` tells what is active now",
     413: "the server's max_upload_bytes is the limit",
     415: "the file must be the adapter_model.safetensors that PEFT's save_pretrained wrote",
@@ -231,12 +244,12 @@ class ServerClient:
                 hint=UNREACHABLE_HINT,
             )
         if not response.is_success:
+            code = EXIT_CODES.get(response.status_code, ExitCode.FAILED)
             hint = _HINTS.get(response.status_code, "the server's log has a line with this request's id")
-            fail(
-                _error_message(response),
-                code=EXIT_CODES.get(response.status_code, ExitCode.FAILED),
-                hint=hint.replace("URL", self.url),
-            )
+            is_for_ever = response.headers.get("x-should-retry") == "false"
+            if is_for_ever and response.status_code in _FOR_EVER:
+                code, hint = _FOR_EVER[response.status_code]
+            fail(_error_message(response), code=code, hint=hint.replace("URL", self.url))
         return response
 
     def _not_ours(self) -> NoReturn:

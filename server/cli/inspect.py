@@ -133,7 +133,7 @@ def _flatten(item: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _cell(value: object) -> object:
-    """Numbers are cut, texts quoted; a list of objects, such as the nearest tokens, is put into one line."""
+    """Numbers are cut, texts quoted; an object, such as one of the nearest tokens, is put into one line."""
     if isinstance(value, float):
         return _number(value)
     if isinstance(value, str):
@@ -141,7 +141,7 @@ def _cell(value: object) -> object:
     if isinstance(value, dict):
         return " ".join(str(_cell(part)) for part in value.values())
     if isinstance(value, list):
-        return ", ".join(str(_cell(part)) for part in value)
+        return [_cell(part) for part in value]
     return value
 
 

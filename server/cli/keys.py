@@ -1,6 +1,6 @@
-"""The commands that make, list and revoke API keys: at a running server, or with `--data` on the store's folder.
+"""The commands that make, list and revoke API keys: at a running server, or with `--data` on the store itself.
 
-The first key of a server that is not running is made on its folder; a server may also be running beside that.
+The first key of a server that is not running is made on its store; servers may also be running beside that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,6 @@ import typer
 from prompt_store.names import DEFAULT_TENANT
 from server.cli.connection import Json, Key, Url, connect
 from server.cli.output import ExitCode, fail, print_json, print_table, say, when
-from server.cli.setting_flags import resolve_or_fail
 
 if TYPE_CHECKING:
     from prompt_store.manifest import Key as StoredKey
@@ -22,12 +21,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 
 Data = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--data",
         "--data-dir",
-        metavar="DIR",
-        help="Work on the store in this folder, without a server.",
+        metavar="DIR|URL",
+        help="Work on the store in this folder, or at this URL of PostgreSQL, without a server.",
         show_default="none: ask the server",
     ),
 ]
@@ -122,23 +121,26 @@ def revoke(
 
 
 @contextmanager
-def _open_store(data: Path, *, is_new: bool = True) -> "Iterator[PromptStore]":
+def _open_store(data: str, *, is_new: bool = True) -> "Iterator[PromptStore]":
     """The store beside whoever serves it, made if it `is_new`. Its errors end the command."""
-    from prompt_store.errors import InvalidValue, KeyNotFound, PromptStoreError
+    from prompt_store.errors import InvalidValue, KeyNotFound, PromptStoreError, StorageUnavailable
     from prompt_store.folder import CATALOG_FILE
+    from prompt_store.location import read_location, show_location
     from prompt_store.store import PromptStore
 
-    root = resolve_or_fail({"data_dir": data}, None).settings.data_dir
-    hint = "--data DIR, the folder that the server runs on"
-    if not is_new and not (root / CATALOG_FILE).exists():
-        fail(f"there is no store in {root}", code=ExitCode.NOT_FOUND, hint=hint)
+    hint = "--data DIR, the folder that the server runs on, or the URL that is its setting `store`"
     try:
-        with PromptStore.open(root, exclusive=False) as store:
+        location = read_location(data)
+        if isinstance(location, Path) and not is_new and not (location / CATALOG_FILE).exists():
+            fail(f"there is no store in {location}", code=ExitCode.NOT_FOUND, hint=hint)
+        with PromptStore.open(location, exclusive=False) as store:
             yield store
     except InvalidValue as error:
         fail(error.message, code=ExitCode.USAGE)
     except KeyNotFound as error:
-        fail(error.message, code=ExitCode.NOT_FOUND, hint=f"promptmux keys ls --data {data}")
+        fail(error.message, code=ExitCode.NOT_FOUND, hint=f"promptmux keys ls --data {show_location(location)}")
+    except StorageUnavailable as error:
+        fail(error.message, code=ExitCode.UNREACHABLE, hint=hint)
     except PromptStoreError as error:
         fail(error.message, hint=hint)
 

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,17 +76,18 @@ def push(
     with connect(url, key) as client:
         version = client.upload(task, folder, fields, probes)
         if not as_json:
-            _report_upload(task, version)
+            report_upload(task, version)
         # A version that was there before keeps the gate that it has; its outcome is told all the same.
         if gate is not None and wait:
-            version |= _wait_for_gate(client, task, version, says=not as_json)
+            version |= wait_for_gate(client, task, version, says=not as_json)
     if as_json:
         print_json(version)
     if gate is not None:
         _end_as_the_gate_did(task, version, says=not as_json)
 
 
-def _report_upload(task: str, version: _Version) -> None:
+def report_upload(task: str, version: _Version) -> None:
+    """Says on stderr what an upload gave."""
     news = "is new" if version["was_new"] else "was there already"
     kind = f"{version.get('peft_type')}, {version.get('num_virtual_tokens')} virtual tokens"
     digest = short_digest(version.get("digest"))
@@ -94,7 +96,7 @@ def _report_upload(task: str, version: _Version) -> None:
         say(f"warning: {warning}")
 
 
-def _wait_for_gate(client: ServerClient, task: str, version: _Version, *, says: bool) -> _Version:
+def wait_for_gate(client: ServerClient, task: str, version: _Version, *, says: bool) -> _Version:
     """The version as it is once its gate is decided. Ctrl-C ends the wait, not the gate."""
     shown = to_stderr().status(f"{task}@{version['version']}: the gate's probes are answered")
     with shown if says and is_terminal() else nullcontext():
@@ -105,24 +107,38 @@ def _wait_for_gate(client: ServerClient, task: str, version: _Version, *, says: 
     return found
 
 
-def _end_as_the_gate_did(task: str, version: _Version, *, says: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class GateVerdict:
+    """What came of a version's gate. `code` is what a command exits with; `hint` is set where it is not OK."""
+
+    message: str
+    code: ExitCode
+    hint: str | None = None
+
+
+def judge_gate(task: str, version: _Version) -> GateVerdict:
+    """What the version's gate says, decided or not."""
     found = _gate(version)
     status, score = found.get("status"), found.get("score")
     if status in _UNDECIDED:
-        if says:
-            say(f"its gate is {status}; `promptmux show {task}` tells how it went")
-        return
+        return GateVerdict(f"its gate is {status}; `promptmux show {task}` tells how it went", ExitCode.OK)
     outcome = f"gate {status}"
     if score is not None:
         outcome += f": {score:.3f} of {found.get('num_probes')} probes, {found.get('threshold')} needed"
     if status == "passed":
-        if says:
-            say(f"{outcome}; {task}@{version['version']} is {version.get('state')}")
-        return
-    hint = f"`promptmux show {task} --json` has the details"
+        return GateVerdict(f"{outcome}; {task}@{version['version']} is {version.get('state')}", ExitCode.OK)
     if status == "conflict":
         hint = f"another version was made active meanwhile; `promptmux activate {task} {version['version']}` does it"
-    fail(outcome, code=ExitCode.CONFLICT if status == "conflict" else ExitCode.FAILED, hint=hint)
+        return GateVerdict(outcome, ExitCode.CONFLICT, hint)
+    return GateVerdict(outcome, ExitCode.FAILED, f"`promptmux show {task} --json` has the details")
+
+
+def _end_as_the_gate_did(task: str, version: _Version, *, says: bool) -> None:
+    verdict = judge_gate(task, version)
+    if verdict.code is not ExitCode.OK:
+        fail(verdict.message, code=verdict.code, hint=verdict.hint)
+    if says:
+        say(verdict.message)
 
 
 def _gate(version: _Version) -> dict[str, Any]:

@@ -72,18 +72,21 @@ def bind(host: str, port: int, *, flag: str = "--port") -> socket.socket:
 
 def _require_keys(settings: Settings) -> None:
     from prompt_store.errors import PromptStoreError
+    from prompt_store.location import show_location
     from prompt_store.store import PromptStore
 
+    where = show_location(settings.store_location)
     try:
-        with PromptStore.open(settings.data_dir, exclusive=False) as store:
+        with PromptStore.open(settings.store_location, exclusive=False) as store:
             has_keys = store.has_keys()
     except (PromptStoreError, OSError) as error:
-        fail(str(error), hint="--data-dir DIR, a folder you may write to")
+        shared_hint = "psql URL, which says more about what is wrong"
+        fail(str(error), hint="--data-dir DIR, a folder you may write to" if settings.store is None else shared_hint)
     if not has_keys:
         fail(
-            f"{settings.host} can be reached from other machines, and the store in {settings.data_dir} has no API key",
+            f"{settings.host} can be reached from other machines, and the store in {where} has no API key",
             code=ExitCode.DENIED,
-            hint=f"promptmux keys create --scope infer --data {settings.data_dir}",
+            hint=f"promptmux keys create --scope infer --data {where}",
         )
 
 

@@ -1,4 +1,4 @@
-"""The machine: CPU, threads, memory limits of the process, open files, compiler, clock."""
+"""The machine: CPU, threads, open files, temporary folder, clock."""
 
 import os
 import platform
@@ -63,33 +63,6 @@ def check_open_files(_: Settings) -> Iterator[Finding]:
     may = "" if hard == resource.RLIM_INFINITY or hard >= MIN_OPEN_FILES else f" (the hard limit is {hard}: ask root)"
     advice = f"`ulimit -n {MIN_OPEN_FILES}`, or LimitNOFILE= in the unit{may}: each client takes one"
     yield Finding("open files", "slow", f"at most {soft}", advice)
-
-
-def check_compiler(settings: Settings) -> Iterator[Finding]:
-    """What the CPU's kernels are built with, unless they are built already."""
-    from server.engine.kernels.native import (
-        BUILT_AHEAD,
-        NativeUnavailableError,
-        find_compiler,
-        library_path,
-        usable_levels,
-    )
-
-    level = usable_levels()[0]
-    folders = (BUILT_AHEAD, settings.cache_dir / "native")
-    built = next((path for folder in folders if (path := library_path(folder, level)).is_file()), None)
-    try:
-        compiler = find_compiler()
-    except NativeUnavailableError as error:
-        if built is not None:
-            detail = f"{error}, but kernels are built: {built}"
-            yield Finding("compiler", "ok", detail)
-        else:
-            advice = "install g++ 12 or later, or clang: without it plain torch serves, several times slower"
-            yield Finding("compiler", "slow", str(error), advice)
-        return
-    state = "kernels are built" if built is not None else "kernels are built at the first start (about a minute)"
-    yield Finding("compiler", "ok", f"{compiler}; {state}")
 
 
 def check_clock(_: Settings) -> Iterator[Finding]:

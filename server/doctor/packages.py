@@ -40,6 +40,6 @@ def check_torch(settings: Settings) -> Iterator[Finding]:
 def check_tuning(_: Settings) -> Iterator[Finding]:
     """PEFT is needed to train prompts, not to serve them."""
     if importlib.util.find_spec("peft") is None:
-        yield Finding("peft", "ok", "not installed: prompts are served, not trained", "pip install 'promptmux[tuning]'")
+        yield Finding("peft", "ok", "not installed: prompts are served, not trained", "pip install 'promptmux[train]'")
     else:
         yield Finding("peft", "ok", f"peft {importlib.metadata.version('peft')}")

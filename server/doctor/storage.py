@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.doctor import shared_store
 from server.doctor.findings import Finding, size_text
 from server.loopback import is_loopback
-from server.settings import GIB, Settings
+from server.setting_types import GIB
+from server.settings import Settings
 
 if TYPE_CHECKING:
     import sqlalchemy
@@ -63,6 +65,9 @@ def check_cache_folder(settings: Settings) -> Iterator[Finding]:
 
 def check_store(settings: Settings) -> Iterator[Finding]:
     """Whether this release can open the store, which is only read."""
+    if settings.store is not None:
+        yield from shared_store.check_shared_store(settings)
+        return
     import sqlalchemy
 
     from prompt_store.folder import CATALOG_FILE
@@ -94,6 +99,23 @@ def check_store(settings: Settings) -> Iterator[Finding]:
         yield Finding("store", "wrong", f"revision {revision} is of a newer release", advice)
 
 
+def check_holder(settings: Settings) -> Iterator[Finding]:
+    """Whether another process serves from the data folder: only one may. A database server's store may have several."""
+    if settings.store is not None:
+        return
+    from prompt_store.folder import LOCK_FILE
+    from prompt_store.locks import is_held
+
+    file = settings.data_dir / LOCK_FILE
+    if not is_held(file):
+        yield Finding("data folder lock", "ok", "no server has it")
+        return
+    pid = file.read_text(encoding="ascii", errors="replace").strip()[:32]
+    advice = "end that server, or give this one a --data-dir of its own; `promptmux doctor --url URL` looks at that one"
+    detail = f"another server has {settings.data_dir}{f' (process {pid})' if pid else ''}"
+    yield Finding("data folder lock", "wrong", detail, advice)
+
+
 def check_port(settings: Settings) -> Iterator[Finding]:
     """Whether the address can be listened on now."""
     for flag, port in (("--port", settings.port), ("--metrics-port", settings.metrics_port)):
@@ -105,10 +127,10 @@ def check_port(settings: Settings) -> Iterator[Finding]:
     where = f"{settings.host} port {settings.port}"
     if is_loopback(settings.host):
         yield Finding("port", "ok", f"{where} is free; only this machine reaches it")
-    elif _has_keys(settings.data_dir):
+    elif _has_keys(settings):
         yield Finding("port", "ok", f"{where} is free; other machines reach it", "put TLS in front of it")
     else:
-        advice = f"serve refuses this without API keys: `promptmux keys create --data {settings.data_dir}` makes one"
+        advice = "serve refuses this without API keys: `promptmux keys create --data DIR|URL` makes one in the store"
         yield Finding("port", "wrong", f"other machines would reach {where}, and the store has no API key", advice)
 
 
@@ -127,13 +149,15 @@ def _try_port(host: str, port: int) -> OSError | None:
     return None
 
 
-def _has_keys(data_dir: Path) -> bool:
+def _has_keys(settings: Settings) -> bool:
+    if settings.store is not None:
+        return shared_store.has_keys(settings)
     import sqlalchemy
 
     from prompt_store.folder import CATALOG_FILE
     from prompt_store.models import KeyRow
 
-    engine = _read_only(data_dir / CATALOG_FILE)
+    engine = _read_only(settings.data_dir / CATALOG_FILE)
     try:
         with engine.connect() as connection:
             return connection.scalar(sqlalchemy.select(KeyRow.id).limit(1)) is not None
@@ -145,10 +169,14 @@ def _has_keys(data_dir: Path) -> bool:
 
 
 def _read_only(file: Path) -> "sqlalchemy.Engine":
+    """The store's database, for looks that leave no trace beside it."""
     import sqlalchemy
 
-    url = sqlalchemy.URL.create("sqlite", database=f"file:{file}", query={"mode": "ro", "uri": "true"})
-    return sqlalchemy.create_engine(url)
+    query = {"mode": "ro", "uri": "true"}
+    if not file.with_name(f"{file.name}-wal").exists():
+        # Nobody has it open. SQLite would make the files of its log for the look, and leave them.
+        query["immutable"] = "1"
+    return sqlalchemy.create_engine(sqlalchemy.URL.create("sqlite", database=f"file:{file}", query=query))
 
 
 def measure_sync(folder: Path) -> float:

@@ -7,12 +7,13 @@ transformers' mask functions, so no mask is built by the model; what a token see
 itself is done by a kernel (`server.engine.kernels`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from server.engine.kernels.batch import LayerAttention, PagedBatch
 from server.engine.kernels.gather import answer_alone
@@ -64,6 +65,20 @@ def attach_context(model: torch.nn.Module, context: StepContext) -> None:
     """Hang the context on every module, where the attention function finds it."""
     for module in model.modules():
         object.__setattr__(module, CONTEXT_ATTRIBUTE, context)
+
+
+@contextmanager
+def attention_set_to(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model attends by the function of this name within the block, and by what it had before behind it."""
+    before = model.config._attn_implementation
+    if before == name:
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def packed_attention(

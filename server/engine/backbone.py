@@ -7,7 +7,7 @@ shipped with a model is never run (`auto_map` is refused), and pickled weights a
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prompt_store.manifest import BackboneShape, ServingDtype
-from server.engine.attention import ATTENTION_NAME, StepContext, attach_context
+from server.engine.attention import ATTENTION_NAME, StepContext, attach_context, attention_set_to
 from server.engine.checkpoint import (
     DTYPES,
     STOCK_ATTENTION,
@@ -35,6 +35,7 @@ from server.engine.gate import (
     GateResult,
     check_deterministic,
     check_forward,
+    check_shared_passes,
     gate_references,
     gate_rows,
 )
@@ -100,6 +101,8 @@ class Backbone:
         self.layers = self._forward.layers
         self.linears: LinearReport | None = None
         """What `load` did to the weights of linear layers; None where they are as transformers made them."""
+        self.prefixes_share_passes = False
+        """Whether prompts may be compiled together: their bits are what they are alone."""
         self._compiled: CompiledForward | None = None
 
     @classmethod
@@ -156,6 +159,16 @@ class Backbone:
         )
         backbone.num_parameters = num_parameters
         backbone.linears = linears
+        # Others' products are rounded in ways that depend on how many rows they have.
+        if (
+            linears is not None
+            and linears.form == "native"
+            and backbone.kernel == "native"
+            and backbone.path == "packed"
+        ):
+            backbone.prefixes_share_passes = check_shared_passes(
+                backbone._forward, backbone.hidden_size, backbone.dtype, backbone.device
+            )
         backbone._offer_compiled(folder, cache_dir)
         return backbone
 
@@ -291,15 +304,16 @@ class Backbone:
             )
 
     @contextmanager
-    def _stock_attention(self) -> Iterator[None]:
-        if self.path == "dense":
+    def serving_within(self) -> Iterator[None]:
+        """Around steps that are run in the middle of another's pass over the model, between two of its layers."""
+        with (
+            attention_set_to(self.model, ATTENTION_NAME if self.path == "packed" else STOCK_ATTENTION),
+            torch.no_grad(),
+        ):
             yield
-            return
-        self.model.set_attn_implementation(STOCK_ATTENTION)
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(ATTENTION_NAME)
+
+    def _stock_attention(self) -> AbstractContextManager[None]:
+        return attention_set_to(self.model, STOCK_ATTENTION) if self.path == "packed" else nullcontext()
 
     @torch.inference_mode()
     def _choose_forward(self) -> tuple[Literal["packed", "dense"], Forward, GateResult]:

@@ -10,7 +10,8 @@ class EngineConfig:
     `keeps_texts` lets later rows of a tenant share the keys and values of the beginning that they have in common with
     an earlier one under the same prompt. `is_deterministic`: a row's bits do not depend on what shares the batch.
     `overlaps`: a step is launched before the one before it is looked at; None: where the backbone is on CUDA.
-    `compiles` lets steps be compiled in the background. `poison_freed_pages` fills freed memory with NaN, so that a row
+    `compiles` lets steps be compiled in the background. `background_share` is what other work may take of the engine's
+    time while rows are served. `poison_freed_pages` fills freed memory with NaN, so that a row
     that reads what it does not own cannot go unnoticed; it is for tests, the check of owners and generations is always
     on.
     """
@@ -28,4 +29,5 @@ class EngineConfig:
     is_deterministic: bool = False
     overlaps: bool | None = None
     compiles: bool = True
+    background_share: float = 0.2
     poison_freed_pages: bool = False

@@ -8,7 +8,6 @@ after the next has been launched. Other threads reach the engine through a queue
 
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from prompt_store.manifest import SoftPrompt
 from server.engine.audit import Auditor
 from server.engine.backbone import Backbone
+from server.engine.background import BackgroundStopped, BackgroundTurns, BackgroundWork
+from server.engine.commands import Commands
 from server.engine.config import EngineConfig
 from server.engine.observer import EngineObserver, StepClock
 from server.engine.pipeline import DueStep, StepPipeline
+from server.engine.places import Admission
 from server.engine.prefix import Residency
 from server.engine.prompt_intake import PromptIntake
 from server.engine.pulse import Pulse, step_kind
@@ -27,16 +29,10 @@ from server.engine.residency import PrefixResidency
 from server.engine.results import StepResults
 from server.engine.row import Row, make_row
 from server.engine.row_memory import RowMemory
-from server.engine.scheduler import Admission, Scheduler
+from server.engine.scheduler import Scheduler
 from server.engine.status import EngineStatus
 from server.engine.warm_up import warm_up
-from server.errors import (
-    DrainingError,
-    EngineFailedError,
-    IsolationError,
-    PromptmuxError,
-    QueueFullError,
-)
+from server.errors import DrainingError, EngineFailedError, IsolationError, PromptmuxError, QueueFullError
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -65,8 +61,7 @@ class Engine:
         self._config = config
         self._metrics = metrics
         self._serials = itertools.count(1)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._wake = threading.Event()
+        self._commands = Commands()
         self._lock = threading.Lock()
         self._num_waiting = 0  # submitted and not yet admitted; under the lock
         self._rows: dict[str, Row] = {}
@@ -93,7 +88,7 @@ class Engine:
             config,
             metrics,
             load_prompt=load_prompt,
-            wake=self._wake.set,
+            wake=self._commands.wake,
             next_serial=lambda: next(self._serials),
         )
         self._observer = EngineObserver(metrics)
@@ -101,18 +96,20 @@ class Engine:
         self._auditor = Auditor(backbone, config.audit_share, metrics)
         # The dense path takes its tokens from the host.
         overlaps = config.overlaps if config.overlaps is not None else backbone.device.type == "cuda"
-        self._pipeline = StepPipeline(
-            backbone,
-            self._pool,
-            self._results,
-            metrics,
-            self._end_row,
-            overlaps=overlaps and backbone.path == "packed",
-        )
+        overlaps = overlaps and backbone.path == "packed"
+        self._pipeline = StepPipeline(backbone, self._pool, self._results, metrics, self._end_row, overlaps=overlaps)
         self._intake = PromptIntake(self._prefixes, self._memory, self._scheduler, self._auditor, self._end_row)
         self._deliver: Deliver = lambda outputs: None
         self._outputs: list[RowOutput] = []
         self._pulse = Pulse()
+        self._background = BackgroundTurns(
+            has_rows=lambda: bool(self._rows) or not self._commands.is_empty,
+            serve=self._serve_within,
+            is_stopping=lambda: self._is_stopping,
+            beat=lambda: self._pulse.begin(None),
+            share=config.background_share,
+            on_time=self._observer.background_ran,
+        )
         self._is_draining = False
         self._is_stopping = False
         self._failure: str | None = None
@@ -146,23 +143,27 @@ class Engine:
                     f"{self._num_waiting} rows wait already; the limit is {self._config.max_waiting_rows}"
                 )
             self._num_waiting += len(rows)
-            self._post(lambda: self._add_rows(rows))
+            self._commands.post(lambda: self._add_rows(rows))
 
     def cancel(self, row_ids: Iterable[str]) -> None:
         """End rows before the next step; ids that are unknown or have ended are ignored."""
         ids = list(row_ids)
-        self._post(lambda: self._cancel_rows(ids))
+        self._commands.post(lambda: self._cancel_rows(ids))
 
     def evict(self, prefix_key: str) -> None:
         """Forget a deleted prompt, once the rows that were submitted with it have ended or hold its prefix.
 
         Not if rows are submitted with it, or it is pinned, before that.
         """
-        self._post(lambda: self._intake.evict_when_unwanted(prefix_key))
+        self._commands.post(lambda: self._intake.evict_when_unwanted(prefix_key))
 
     def pin(self, refs: Sequence[PromptRef]) -> None:
         """Keep exactly these prompts on the device, and bring those that are not there."""
-        self._post(lambda: self._intake.pin(refs))
+        self._commands.post(lambda: self._intake.pin(refs))
+
+    def set_background(self, work: BackgroundWork) -> None:
+        """Run this in the gaps from now on; called again, it is asked again whether there is something to do."""
+        self._commands.post(lambda: self._background.set_work(work))
 
     def residency(self, prefix_key: str) -> Residency:
         return self._prefixes.residency_of(prefix_key)
@@ -193,7 +194,7 @@ class Engine:
         """
         with self._lock:
             self._is_stopping = True
-        self._wake.set()
+        self._commands.wake()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         self._prefixes.loader.stop()
@@ -207,12 +208,9 @@ class Engine:
 
         The loop calls it; a test or an offline program that has not called `start` may call it in its place.
         """
-        self._pulse.begin(None)
-        self._take_commands()
-        self._intake.turn()
-        worked = self._step()
-        self._flush()
-        self._pulse.begin(None)
+        self._background.begin_turn()
+        worked = self._serve()
+        worked = self._background.end_turn(has_served=worked) or worked
         return self._auditor.run_sometimes(is_idle=not worked) or worked
 
     def check_invariants(self) -> None:
@@ -229,8 +227,9 @@ class Engine:
         try:
             while not self._is_stopping:
                 if not self.run_once():
-                    self._wake.wait(IDLE_WAIT_S)
-                    self._wake.clear()
+                    self._commands.wait(IDLE_WAIT_S)
+        except BackgroundStopped:
+            logger.info("background work was left in its middle")
         except Exception as error:
             logger.exception("the step loop has ended")
             with self._lock:
@@ -238,11 +237,25 @@ class Engine:
         finally:
             self._end_all()
 
+    def _serve(self) -> bool:
+        self._pulse.begin(None)
+        self._commands.do_all()
+        self._intake.turn()
+        worked = self._step()
+        self._flush()
+        self._pulse.begin(None)
+        return worked
+
+    def _serve_within(self) -> bool:
+        with self._backbone.serving_within():
+            worked = self._serve()
+            return self._auditor.run_sometimes(is_idle=False) or worked
+
     def _step(self) -> bool:
         """Plan and launch a step, collect the one that is due. Returns False when there was nothing to do."""
         clock = StepClock()
         planned = self._pipeline.plan(self._scheduler.schedule())
-        clock.planned()
+        clock.planned(self._scheduler.form)
         if planned is not None:
             self._pulse.begin(step_kind(planned[0].num_tokens, int(planned[0].lengths.max())))
         due = self._pipeline.launch(*planned, clock) if planned is not None else self._pipeline.take()
@@ -259,6 +272,8 @@ class Engine:
             if item.is_current and item.num_tokens > 1 and item.num_left <= 1:
                 self._keep_text(item.row)
         step.clock.sampled()
+        num_tokens = sum(item.num_tokens for item in step.launched.rows)
+        self._scheduler.step_times.add(len(step.launched.rows), num_tokens, step.clock.total_s)
         self._observer.step_done([item.row for item in step.launched.rows], step.clock)
 
     # --- rows come and go -----------------------------------------------------------------------------------------
@@ -365,7 +380,7 @@ class Engine:
         else:
             error = DrainingError("the server shut down before this row was finished")
         try:
-            self._take_commands()
+            self._commands.do_all()
             for row in list(self._rows.values()):
                 self._outputs.append(RowOutput(row_id=row.row_id, error=error))
             self._rows.clear()
@@ -375,16 +390,6 @@ class Engine:
             self._flush()
         except Exception:
             logger.exception("the rows that were left could not be told")
-
-    # --- plumbing ---------------------------------------------------------------------------------------------------
-
-    def _post(self, command: Callable[[], None]) -> None:
-        self._commands.put(command)
-        self._wake.set()
-
-    def _take_commands(self) -> None:
-        while not self._commands.empty():
-            self._commands.get()()
 
     def _flush(self) -> None:
         """Hand over everything new in one call."""

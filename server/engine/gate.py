@@ -33,6 +33,9 @@ _UNDIVIDED_COLUMNS, _DIVIDED_COLUMNS = 32, 320
 
 _NUM_TEXTS = 8
 
+_SHARED_PASS_LENGTHS = (1, 7, 16, 20, 33, 20)
+"""Vectors a row of `check_shared_passes`: a product of one row, of less and of more than a tile, of several pages."""
+
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
@@ -115,6 +118,38 @@ def check_deterministic(
         for place in {0, num_others // 2, num_others}:
             rows = [*others[:num_others][:place], needle, *others[:num_others][place:]]
             if not torch.equal(forward.run(pool, build_plan(rows)[0])[place], alone):
+                return False
+    return True
+
+
+@torch.inference_mode()
+def check_shared_passes(forward: Forward, hidden_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether vectors get keys and values with the same bits alone in a pass and in any company.
+
+    A sample, not a proof: for backbones whose products add in an order that does not depend on the number of rows.
+    """
+    generator = torch.Generator().manual_seed(21)
+    texts = [torch.randn(k, hidden_size, generator=generator).to(device, dtype) for k in _SHARED_PASS_LENGTHS]
+    num_pages = sum(num_pages_for(len(vectors)) for vectors in texts)
+    pool = KvPool(forward.layers, row_pages=num_pages, prefix_pages=0, dtype=dtype, device=device, poison_freed=True)
+
+    def run(indices: Sequence[int]) -> dict[int, tuple[torch.Tensor, ...]]:
+        pages = {index: _allocate(pool, index + 1, num_pages_for(len(texts[index]))) for index in indices}
+        entries = [
+            PlanEntry(pages[i], 0, [0] * len(texts[i]), logits_from=len(texts[i]), vectors=texts[i]) for i in indices
+        ]
+        forward.run(pool, build_plan(entries)[0])
+        columns = {}
+        for index, owned in pages.items():
+            columns[index] = tuple(part.clone() for part in pool.read(owned, len(texts[index])).parts)
+            pool.release(owned, index + 1)
+        return columns
+
+    everyone = range(len(texts))
+    alone = {index: run([index])[index] for index in everyone}
+    for company in ([0, 1], [3, 0], [2, 4, 1], [*everyone], [*reversed(everyone)]):
+        for index, parts in run(company).items():
+            if not all(torch.equal(one, other) for one, other in zip(parts, alone[index], strict=True)):
                 return False
     return True
 

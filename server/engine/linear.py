@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 from server.engine.gate import TOLERANCE, relative_difference
+from server.engine.packed_gradients import multiply_with_gradient
 from server.engine.packed_weights import (
     NativeProjections,
     Projections,
@@ -121,7 +122,10 @@ class _Siblings:
             if not self.answers:
                 self.rows = None
             return answer
-        computed = self.projections.multiply(rows)
+        if rows.requires_grad and torch.is_grad_enabled():
+            computed = multiply_with_gradient(self.projections, rows)
+        else:
+            computed = self.projections.multiply(rows)
         self.answers = {other: answer for other, answer in enumerate(computed) if other != place}
         self.rows = rows if self.answers else None
         return computed[place]

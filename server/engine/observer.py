@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from server.engine.request import RowOutput
 from server.engine.row import Row
+from server.engine.scheduler import StepForm
 from server.metrics import Metrics
 
 
@@ -16,12 +17,18 @@ class StepClock:
     On a device of its own, `forward` is the time to hand the work over, and waiting for it is part of `sample`.
     """
 
+    form: StepForm = StepForm.FULL
     plan_s: float = 0.0
     forward_s: float = 0.0
     sample_s: float = 0.0
     _since_s: float = field(default_factory=time.perf_counter)
 
-    def planned(self) -> None:
+    @property
+    def total_s(self) -> float:
+        return self.plan_s + self.forward_s + self.sample_s
+
+    def planned(self, form: StepForm) -> None:
+        self.form = form
         self.plan_s = self._lap()
 
     def forwarded(self) -> None:
@@ -63,15 +70,21 @@ class EngineObserver:
         if output.error is None:
             self._metrics.request_success_total.labels(finish_reason=output.finish_reason).inc()
             self._metrics.e2e_request_latency_seconds.observe(time.monotonic() - row.arrived_at_s)
+        else:
+            self._metrics.rows_failed_total.labels(reason=output.error.code).inc()
 
     def step_done(self, rows: Sequence[Row], clock: StepClock) -> None:
         prompts = {row.request.prompt.prefix_key for row in rows if row.request.prompt is not None}
+        self._metrics.steps_total.labels(form=clock.form.value).inc()
         self._metrics.batch_rows.observe(len(rows))
         self._metrics.batch_distinct_prompts.observe(len(prompts))
         phases = self._metrics.step_seconds
         phases.labels(phase="plan").observe(clock.plan_s)
         phases.labels(phase="forward").observe(clock.forward_s)
         phases.labels(phase="sample").observe(clock.sample_s)
+
+    def background_ran(self, seconds: float, is_beside_rows: bool) -> None:
+        self._metrics.background_seconds_total.labels(beside_rows="yes" if is_beside_rows else "no").inc(seconds)
 
     def outputs_delivered(self, seconds: float) -> None:
         self._metrics.step_seconds.labels(phase="deliver").observe(seconds)

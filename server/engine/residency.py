@@ -1,36 +1,33 @@
-"""Brings prompts onto the device and keeps count of where each is: the one place where a prefix is made.
+"""Brings prompts onto the device and keeps count of where each is: which are made when, and what goes for them.
 
-A prompt of input embeddings is compiled: one forward pass of its k vectors, alone in its batch, whose keys and values
-are then the prefix. Alone, because the bits of a prefix must be a function of prompt and backbone and of nothing that
-happened to share the batch; an evicted prefix that is compiled again is the same prefix. Trained keys and values are
-cast and used as they are.
+Refuses to know how a prefix is computed (`server.engine.prefix_maker`).
 """
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import torch
 
 from prompt_store.manifest import SoftPrompt
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
-from server.engine.isolation import Claim, check_plan
-from server.engine.kv import KeysValues, KvPool, num_pages_for
-from server.engine.pages import PAGE_SIZE, PageNumbers, content_of_prefix
-from server.engine.plan import PlanEntry, build_plan
+from server.engine.kv import KvPool, num_pages_for
+from server.engine.pages import PAGE_SIZE
 from server.engine.prefix import HostCache, LoadedPrompt, Prefix, PrefixCache, PromptLoader, Residency
+from server.engine.prefix_maker import MadePrefix, PrefixMaker
 from server.engine.request import PromptRef
-from server.engine.row_pages import RowPages
-from server.errors import IsolationError, NumericalError, PromptMismatchError, PromptmuxError, UnavailableError
+from server.errors import PromptmuxError
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 MAX_LOADING = 16
 """Prompts that are being read from the store at a time."""
+
+MAX_COLUMNS_A_PASS = 160
+"""Columns of prompts that are compiled in one pass: with 20 a prompt, eight of them cost less than half of what they
+cost one by one, and more would save little and hold up running rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +55,11 @@ class PrefixResidency:
         self.device = PrefixCache(pool, config.prefix_cache_bytes, metrics)
         self.host = HostCache(config.host_prompt_bytes, metrics)
         self.loader = PromptLoader(load_prompt, wake)
-        self._backbone = backbone
-        self._pool = pool
-        self._max_virtual_tokens = min(config.max_virtual_tokens, backbone.max_model_len)
+        self._maker = PrefixMaker(
+            backbone, pool, metrics, max_virtual_tokens=config.max_virtual_tokens, next_serial=next_serial
+        )
         self._max_pinned_bytes = config.prefix_cache_bytes // 2
         self._metrics = metrics
-        self._next_serial = next_serial
         self._wanted: dict[str, _Wanted] = {}  # in the order of asking
         self._pinned: frozenset[str] = frozenset()
         self._owed: str | None = None  # the first of those for which there was no room
@@ -125,8 +121,8 @@ class PrefixResidency:
                 self._drop_wanted(key)
 
     def compile_wanted(self, limit_s: float) -> list[tuple[PromptRef, PromptmuxError]]:
-        """Make prefixes of prompts that have arrived, in the order of asking: at least one, and more until `limit_s`
-        have passed. None of them takes the room of another. Returns those that cannot be made, with the reason.
+        """Make prefixes of prompts that have arrived, in the order of asking: some, and more until `limit_s` have
+        passed. None of them takes the room of another. Returns those that cannot be made, with the reason.
 
         The first for which there is no room is owed it. Until it is made nothing else is, or small prompts would take
         every page that becomes free; and some of the prefixes in its way take no new rows (`PrefixCache.close_for`).
@@ -134,36 +130,20 @@ class PrefixResidency:
         failed: list[tuple[PromptRef, PromptmuxError]] = []
         began_s = time.monotonic()
         done: set[str] = set()
-        for key, wanted in self._in_order():
-            if done and time.monotonic() - began_s >= limit_s:
+        queue = deque(self._in_order())
+        while group := self._next_group(queue, done, failed):
+            prompts = [(wanted.ref, prompt) for wanted, prompt in group]
+            self.device.make_room(sum(num_pages_for(prompt.num_virtual_tokens) for _, prompt in prompts) * PAGE_SIZE)
+            for (wanted, _), made in zip(group, self._maker.make_all(prompts), strict=True):
+                if isinstance(made, MadePrefix):
+                    self.device.insert(made.ref, made.pages, made.tail)
+                    self._metrics.prompt_load_seconds.observe(time.monotonic() - wanted.asked_at_s)
+                else:
+                    failed.append((wanted.ref, made))
+                done.add(wanted.ref.prefix_key)
+                self._drop_wanted(wanted.ref.prefix_key)
+            if time.monotonic() - began_s >= limit_s:
                 break
-            prompt = self.host.get(key)
-            if prompt is None:
-                # It is on its way, or has been pushed out of the host tier.
-                self._request(wanted.ref)
-                if key == self._owed:
-                    break
-                continue
-            if done and not self.device.can_make_room(prompt.num_virtual_tokens, spared=done):
-                break  # what was made just now is for rows that take it in this turn
-            error = None
-            try:
-                if self.compile(wanted.ref, prompt) is None:
-                    self._owed = key
-                    self.device.close_for(prompt.num_virtual_tokens)
-                    break
-                self._metrics.prompt_load_seconds.observe(time.monotonic() - wanted.asked_at_s)
-            except PromptmuxError as refused:
-                error = refused
-            except Exception as fault:
-                logger.exception("%s@%s could not be compiled", wanted.ref.task, wanted.ref.version)
-                error = UnavailableError(
-                    f"the prompt of {wanted.ref.task}@{wanted.ref.version} could not be compiled: {fault}"
-                )
-            if error is not None:
-                failed.append((wanted.ref, error))
-            done.add(key)
-            self._drop_wanted(key)
         return failed
 
     def pin(self, refs: Sequence[PromptRef]) -> None:
@@ -196,33 +176,11 @@ class PrefixResidency:
         Raises PromptMismatchError when its shape is not what the reference says or does not fit the backbone,
         NumericalError when it comes out not finite.
         """
-        self._require_fit(ref, prompt)
-        k = prompt.num_virtual_tokens
-        if not self.device.make_room(k):
+        self._maker.require_fit(ref, prompt)
+        if not self.device.make_room(prompt.num_virtual_tokens):
             return None
-        serial = self._next_serial()
-        pages = self._pool.allocate_prefix(serial, num_pages_for(k))
-        if pages is None:
-            raise RuntimeError("the prefixes' part of the pool is full although there was room")
-        num_full = k // PAGE_SIZE
-        try:
-            if prompt.kind == "prefix":
-                self._pool.write(pages, self._pool.stack(self._cast(prompt)))
-            else:
-                self._compile_embeddings(serial, pages, prompt)
-            columns = self._pool.read(pages, k)
-            if not columns.is_finite():
-                raise NumericalError(
-                    f"the prefix of {ref.task}@{ref.version} is not finite in {self._backbone.dtype_name}"
-                )
-            tail = columns.columns(num_full * PAGE_SIZE, k).clone() if k % PAGE_SIZE else None
-            for index in range(num_full):
-                self._pool.ledger.share(int(pages[index]), serial, content_of_prefix(ref.prefix_key, index))
-        except BaseException:
-            self._pool.release_prefix(pages, serial)
-            raise
-        self._pool.release_prefix(pages[num_full:], serial)
-        return self.device.insert(ref, pages[:num_full], tail)
+        made = self._maker.make(ref, prompt)
+        return self.device.insert(ref, made.pages, made.tail)
 
     def check_invariants(self) -> None:
         """Raises RuntimeError when a tier contradicts itself, or room is owed to a prompt that nobody wants."""
@@ -230,6 +188,57 @@ class PrefixResidency:
         self.host.check_invariants()
         if self._owed is not None and self._owed not in self._wanted:
             raise RuntimeError("room is owed to a prompt that is not wanted")
+
+    def _next_group(
+        self,
+        queue: deque[tuple[str, _Wanted]],
+        done: Container[str],
+        failed: list[tuple[PromptRef, PromptmuxError]],
+    ) -> list[tuple[_Wanted, SoftPrompt]]:
+        """Take from the queue what is made next, in one pass: there is room for it that spares what is `done`.
+
+        What cannot fit the backbone goes to `failed`. Empty when nothing else can be made in this turn.
+        """
+        group: list[tuple[_Wanted, SoftPrompt]] = []
+        num_columns = 0  # of whole pages
+        while queue:
+            key, wanted = queue[0]
+            prompt = self.host.get(key)
+            if prompt is None:
+                # It is on its way, or has been pushed out of the host tier.
+                self._request(wanted.ref)
+                if key == self._owed:
+                    queue.clear()
+                else:
+                    queue.popleft()
+                continue
+            if group and not self._may_join(group, num_columns, prompt):
+                break
+            try:
+                self._maker.require_fit(wanted.ref, prompt)
+            except PromptmuxError as error:
+                failed.append((wanted.ref, error))
+                self._drop_wanted(key)
+                queue.popleft()
+                continue
+            num_columns += num_pages_for(prompt.num_virtual_tokens) * PAGE_SIZE
+            # What was made just now is for rows that take it in this turn.
+            if not self.device.can_make_room(num_columns, spared=done):
+                if not group and not done:
+                    self._owed = key
+                    self.device.close_for(prompt.num_virtual_tokens)
+                queue.clear()
+                break
+            group.append((wanted, prompt))
+            queue.popleft()
+        return group
+
+    def _may_join(self, group: Sequence[tuple[_Wanted, SoftPrompt]], num_columns: int, prompt: SoftPrompt) -> bool:
+        return (
+            num_columns + prompt.num_virtual_tokens <= MAX_COLUMNS_A_PASS
+            and self._maker.can_share_pass(prompt)
+            and self._maker.can_share_pass(group[0][1])
+        )
 
     def _in_order(self) -> list[tuple[str, "_Wanted"]]:
         """What is wanted, in the order of asking; the one that is owed room before all others."""
@@ -245,49 +254,6 @@ class PrefixResidency:
         if key == self._owed:
             self._owed = None
             self.device.reopen()
-
-    def _require_fit(self, ref: PromptRef, prompt: SoftPrompt) -> None:
-        """A prompt that was stored for another backbone must end its own rows, not the step loop."""
-        if prompt.kind != ref.kind or prompt.num_virtual_tokens != ref.num_virtual_tokens:
-            raise PromptMismatchError(
-                f"{ref.task}@{ref.version} was to have {ref.num_virtual_tokens} {ref.kind}, "
-                f"its file has {prompt.num_virtual_tokens} {prompt.kind}"
-            )
-        k = prompt.num_virtual_tokens
-        if k > self._max_virtual_tokens:
-            raise PromptMismatchError(
-                f"{ref.task}@{ref.version} has {k} virtual tokens; {self._max_virtual_tokens} are allowed"
-            )
-        shape = self._backbone.shape(k)
-        if prompt.kind == "prefix":
-            expected: tuple[int | None, ...] = (shape.num_layers, 2, shape.kv_heads, k, shape.head_dim)
-        else:
-            expected = (k, shape.hidden_size)
-        if prompt.values.shape != expected:
-            raise PromptMismatchError(
-                f"{ref.task}@{ref.version} has the shape {prompt.values.shape}, this backbone needs {expected}"
-            )
-
-    def _cast(self, prompt: SoftPrompt) -> KeysValues:
-        stacked = torch.from_numpy(prompt.values).to(device=self._backbone.device, dtype=self._backbone.dtype)
-        return KeysValues(tuple(layer[0] for layer in stacked), tuple(layer[1] for layer in stacked))
-
-    def _compile_embeddings(self, serial: int, pages: PageNumbers, prompt: SoftPrompt) -> None:
-        """One forward pass of the prompt's vectors, alone in its batch, into pages that the job owns."""
-        k = prompt.num_virtual_tokens
-        vectors = torch.from_numpy(np.ascontiguousarray(prompt.values)).to(self._backbone.device)
-        placeholders = [0] * k
-        own = RowPages(k)
-        own.append(pages, self._pool.ledger)
-        plan, _ = build_plan([PlanEntry(own.numbers, 0, placeholders, logits_from=k, vectors=vectors)])
-        claim = Claim(
-            serial=serial, start_column=0, token_ids=placeholders, num_logits=0, pages=own.numbers,
-            generations=own.generations, contents=own.contents, vectors=vectors,
-        )  # fmt: skip
-        for violation in check_plan(plan, [claim], self._pool.ledger):
-            self._metrics.isolation_violations_total.inc()
-            raise IsolationError(f"compiling a prompt: {violation.reason}")
-        self._backbone.forward(self._pool, plan)
 
     def _count(self, hit: bool, tier: str) -> None:
         counter = self._metrics.prompt_cache_hits_total if hit else self._metrics.prompt_cache_misses_total

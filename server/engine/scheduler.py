@@ -9,10 +9,11 @@ a tenant may be entitled to a place at once (`shares`): its rows go before all t
 row of the tenant that runs most gives way. What it gave up is kept for the next such row for a while.
 
 Where a step takes the longer the more tokens it has (on a CPU), a first token would wait for the tokens of all the
-others. There new rows of tenants that are small come in an express step, which leaves out the rows of tenants that are
-not. Between two express steps there is an ordinary one, and for a while after one ordinary steps are kept short, by
-reading little of the prompts of tenants that are not entitled: whoever comes back finds a step under way, and waits for
-its end. On a device that computes some hundred tokens in the time of one, that would cost most of its throughput and
+others, and each later one too. There new rows of tenants that are small come in an express step, which leaves out the
+rows of those that are large. Between two express steps there is an ordinary one, and while a small tenant is about
+ordinary steps are limited (`caution`): large tenants get so much of each as leaves the small one half of its speed. Of
+their rows the oldest takes part in every ordinary step, and the others in turn, least recently first.
+On a device that computes some hundred tokens in the time of one, express steps would cost most of its throughput and
 gain nothing.
 
 A row holds pages for what it has computed, not for what it may become. When a running row needs pages and there are
@@ -20,8 +21,10 @@ none, another is preempted: the youngest of the tenant that holds most. It waits
 and is computed again later. Why this always comes to an end:
 
 - The oldest running row is never preempted and computes at least one token in every ordinary step, which is at least
-  every second one, so it ends. In the deterministic mode it does so in every step that decodes, and few chunks come
-  between two of those: after a preemption nobody is admitted before the next.
+  every second one, so it ends. In the deterministic mode it does so in every step that decodes, and no more rows are
+  admitted between two of those than run then; after a preemption nobody is.
+- A limited step has besides the oldest the row that has waited longest for its turn, so a running row is left out of
+  fewer ordinary steps in a row than there are places.
 - While a row that is next to be admitted finds no room nobody is admitted, but for rows entitled to a place that find
   room, so the running rows end one by one, oldest first, and at the latest when none is left there is room for it (the
   engine guarantees that for any row alone).
@@ -32,19 +35,28 @@ and is computed again later. Why this always comes to an end:
 """
 
 import enum
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from server.engine.row import Row, RowState
-from server.engine.shares import KeptPlaces, Shares
+from server.engine.caution import Caution
+from server.engine.places import Admission, Places, StepDraft
+from server.engine.row import Row
+from server.engine.shares import Shares
+from server.engine.step_times import StepTimes
 from server.engine.waiting import DEFAULT_QUANTUM, WaitingRows
 
-# For so many steps after an express step, what tenants that are not entitled generate and read in one is kept to part
-# of a chunk; what they generate comes first, and this much they may read however much that is.
-NUM_CAUTIOUS_STEPS = 64
-CAUTIOUS_SHARE = 5
-MIN_CAUTIOUS_TOKENS = 16
+MIN_LIMITED_TOKENS = 16
+"""A row whose turn has come reads so much of its prompt at least, however short the step is to be."""
+
+
+class StepForm(enum.Enum):
+    """Whether a step left anybody's rows out for others' sake."""
+
+    FULL = "full"
+    LIMITED = "limited"
+    EXPRESS = "express"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +72,8 @@ class ScheduledRow:
         return self.num_tokens == self.row.num_uncomputed
 
 
-class Admission(enum.Enum):
-    """What became of an attempt to admit a row."""
-
-    ADMITTED = "admitted"
-    PREFIX_NOT_READY = "prefix not ready"
-    NO_ROOM = "no room"
-
-
 class Scheduler:
-    """Holds the waiting and the running rows.
+    """Decides what the rows of each step are; `Places` holds the rows that wait and those that run.
 
     Three callbacks are the engine's. `try_admit(row)` gives the row its prefix and pages for its first chunk at least,
     and says whether it could. A row whose prefix is still being loaded delays only itself; one for which there is no
@@ -82,7 +86,8 @@ class Scheduler:
     theirs behind them; chunks come first, and their bounds are multiples of `prefill_chunk` from the row's first token.
     Generated tokens that a preempted row computes again are computed one by one, as they were the first time. So the
     shapes in which a token is computed depend on nothing but its place in its own row. Nobody is entitled to a place
-    then. `has_express_steps` is for a device on which a step takes the longer the more tokens it has.
+    then. `has_express_steps` is for a device on which a step takes the longer the more tokens it has; only there are
+    steps limited, by what `step_times` has been told of steps that were done.
 
     Not thread-safe: the engine thread owns it. Other threads may read `num_preemptions`.
     """
@@ -100,102 +105,103 @@ class Scheduler:
         is_deterministic: bool = False,
         has_express_steps: bool = True,
         quantum: int = DEFAULT_QUANTUM,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises ValueError when a step could not hold every running row, or not a whole chunk where it must."""
         if max_step_tokens < max_rows:
             raise ValueError(f"max_step_tokens ({max_step_tokens}) must be at least max_rows ({max_rows})")
         if is_deterministic and max_step_tokens < prefill_chunk:
             raise ValueError(f"max_step_tokens ({max_step_tokens}) must be at least prefill_chunk ({prefill_chunk})")
-        self.waiting = WaitingRows(quantum)
-        self.running: list[Row] = []
-        self.num_preemptions = 0
-        self._max_rows = max_rows
+        self._places = Places(
+            max_rows=max_rows,
+            quantum=quantum,
+            max_cold_prompts=max_cold_prompts if max_cold_prompts is not None else 2 * max_rows,
+            try_admit=try_admit,
+            try_extend=try_extend,
+            preempt=preempt,
+        )
+        self.step_times = StepTimes()
+        self.form = StepForm.FULL  # of the last step
+        self._caution = Caution(self.step_times, clock)
         self._max_step_tokens = max_step_tokens
         self._prefill_chunk = prefill_chunk
-        self._try_admit = try_admit
         self._try_extend = try_extend
-        self._preempt = preempt
-        self._max_cold_prompts = max_cold_prompts if max_cold_prompts is not None else 2 * max_rows
         self._is_deterministic = is_deterministic
         self._has_express_steps = has_express_steps
         self._owes_decode_step = False
+        self._num_admitted = 0  # since the last step that decoded, in the deterministic mode
         self._owes_ordinary_step = False
-        self._num_cautious_steps = 0
-        self._quantum = quantum
-        self._kept = KeptPlaces()
         self._recent: set[str] = set()  # tenants that had rows running when the last step was made
-        self._num_charged: dict[Row, int] = {}  # how far each row's tokens have been charged
+        self._num_steps = 0
+        self._last_step_of: dict[Row, int] = {}  # of running rows, in which they took part last
+
+    @property
+    def waiting(self) -> WaitingRows:
+        return self._places.waiting
+
+    @property
+    def running(self) -> list[Row]:
+        return self._places.running
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._places.num_preemptions
 
     def add(self, row: Row) -> None:
-        self.waiting.add(row, {other.request.tenant for other in self.running})
+        self._places.add(row)
 
     def remove(self, row: Row) -> None:
         """Take a row out, wherever it is. The caller frees its pages and its prefix."""
-        if row.state is RowState.WAITING:
-            self.waiting.remove(row)
-        elif row.state is RowState.RUNNING:
-            self.running.remove(row)
-        row.state = RowState.FINISHED
-        self._num_charged.pop(row, None)
-        self._kept.end(row)
+        self._places.remove(row)
+        self._last_step_of.pop(row, None)
 
     def clear(self) -> None:
         """Forget all rows: the engine has ended."""
-        for row in [*self.running, *self.waiting]:
-            row.state = RowState.FINISHED
-        self.running.clear()
-        self.waiting = WaitingRows(self._quantum)
-        self._num_charged.clear()
-        self._kept.clear()
+        self._places.clear()
+        self._caution.clear()
+        self._last_step_of.clear()
+
+    def check_invariants(self) -> None:
+        """Raises RuntimeError when a row is in two places or in the wrong one."""
+        self._places.check_invariants()
+        left = self._last_step_of.keys() - {*self.running, *self.waiting}
+        if left:
+            raise RuntimeError(f"{len(left)} rows that are gone are remembered")
 
     def schedule(self) -> list[ScheduledRow]:
         """The rows of the next step, each with pages for its tokens. Empty when nothing can run.
 
         Raises RuntimeError when a row that is alone finds no room, which the engine guarantees.
         """
-        step = _Step(self._max_step_tokens)
+        step = StepDraft(self._max_step_tokens)
+        self.form = StepForm.FULL
+        self._num_steps += 1
         if self._is_deterministic:
             self._schedule_chunk(step)
             if not step.num_tokens_of:
                 self._schedule_decodes(step)
         else:
-            self._kept.begin_step()
-            shares = Shares(self.running, self.waiting, self._max_rows, self._recent)
+            self._places.kept.begin_step()
+            shares = Shares(self.running, self.waiting, self._places.max_rows, self._recent)
             if not self._schedule_express(step, shares):
                 self._give_places(step, shares)
                 self._schedule_running(step, shares)
                 if not step.has_preempted and not shares.has_made_way:
                     self._schedule_waiting(step, shares)
             self._recent = {row.request.tenant for row in self.running}
+            self._remember(step, shares)
         for row, num_tokens in step.num_tokens_of.items():
-            self._charge(row, num_tokens)
+            self._places.charge(row, num_tokens)
         return [ScheduledRow(row, num_tokens) for row, num_tokens in step.num_tokens_of.items()]
 
-    def check_invariants(self) -> None:
-        """Raises RuntimeError when a row is in two places or in the wrong one."""
-        serials = [row.serial for row in self.running] + [row.serial for row in self.waiting]
-        if len(serials) != len(set(serials)):
-            raise RuntimeError("a row is scheduled twice")
-        if len(self.running) > self._max_rows:
-            raise RuntimeError(f"{len(self.running)} rows run, {self._max_rows} may")
-        for row in self.running:
-            if row.state is not RowState.RUNNING:
-                raise RuntimeError(f"row {row.row_id} is {row.state.value} among the running")
-            row.check_invariants()
-        for row in self.waiting:
-            if row.state is not RowState.WAITING:
-                raise RuntimeError(f"row {row.row_id} is {row.state.value} among the waiting")
-            row.check_invariants()
-
-    def _schedule_express(self, step: "_Step", shares: Shares) -> bool:
+    def _schedule_express(self, step: StepDraft, shares: Shares) -> bool:
         """First tokens of small tenants, without the rows of the others; False when there is nothing of the kind."""
         may_be_express = self._has_express_steps and not self._owes_ordinary_step
         self._owes_ordinary_step = False
-        self._num_cautious_steps = max(0, self._num_cautious_steps - 1)
-        if not may_be_express or not shares.small or shares.entitled == shares.tenants:
+        if not may_be_express or not shares.small or not shares.large:
             return False
         rows = [row for row in self.running if row.request.tenant in shares.small]
-        rows.sort(key=lambda r: (r.num_uncomputed > 1, r.serial))
+        rows.sort(key=lambda r: (r.num_uncomputed > 1, not self._is_near_first_token(r), r.serial))
         self._admit(step, step.budget - len(rows), self.waiting.of_tenants(shares.small), shares=shares)
         near = [(row, min(row.num_uncomputed, self._prefill_chunk)) for row in rows if self._is_near_first_token(row)]
         if not step.num_tokens_of and not any(self._try_extend(row, num_tokens) for row, num_tokens in near):
@@ -205,25 +211,26 @@ class Scheduler:
             if num_tokens > 0 and self._try_extend(row, num_tokens):
                 step.add(row, num_tokens)
         if step.num_tokens_of:
-            self._owes_ordinary_step, self._num_cautious_steps = True, NUM_CAUTIOUS_STEPS
+            self._owes_ordinary_step, self.form = True, StepForm.EXPRESS
         return self._owes_ordinary_step
 
-    def _give_places(self, step: "_Step", shares: Shares) -> None:
+    def _give_places(self, step: StepDraft, shares: Shares) -> None:
         """Rows entitled to a place that no express step is for. A token is left for every row that runs already."""
         entitled = shares.entitled
         if entitled != shares.tenants:
             tenants = entitled - shares.small if self._has_express_steps else entitled
-            num_others = min(len(self.running), self._max_rows - 1)
+            num_others = min(len(self.running), self._places.max_rows - 1)
             self._admit(step, step.budget - num_others, self.waiting.of_tenants(tenants), shares=shares)
 
     def _admit(
-        self, step: "_Step", budget: int, rows: Iterable[Row], *, shares: Shares | None = None, num_kept: int = 0
+        self, step: StepDraft, budget: int, rows: Iterable[Row], *, shares: Shares | None = None, num_kept: int = 0
     ) -> None:
         """Admit of these waiting rows what may be, with chunks of so many tokens together."""
-        for row in self._admissible(budget, rows, shares=shares, num_kept=num_kept):
+        for row in self._places.admissible(budget, rows, shares=shares, num_kept=num_kept):
             num_tokens = min(row.num_uncomputed, self._prefill_chunk, budget)
             step.add(row, num_tokens)
-            budget -= num_tokens
+            step.others_s -= self.step_times.of_one_more_row(num_tokens)
+            budget = self.step_times.num_tokens_within(step.others_s, budget - num_tokens)
             if budget <= 0:
                 return
 
@@ -231,50 +238,100 @@ class Scheduler:
         """A long prompt is many steps away from it: others need not wait for that."""
         return row.num_prompt_tokens - self._prefill_chunk <= row.num_computed < row.num_prompt_tokens
 
-    def _schedule_running(self, step: "_Step", shares: Shares) -> None:
-        step.num_cautious_tokens = self._num_cautious_tokens(shares)
+    def _schedule_running(self, step: StepDraft, shares: Shares) -> None:
         # Rows that decode first: a long prompt must not push the others' next token out of the step. Then the oldest,
         # which must get on.
-        for row in sorted(self.running, key=lambda r: (r.num_uncomputed > 1, r.serial)):
-            if row in step.num_tokens_of:
+        rows = sorted(self.running, key=lambda r: (r.num_uncomputed > 1, r.serial))
+        rows = [row for row in rows if row not in step.num_tokens_of]
+        step.others_s = self._seconds_for_others(step, rows, shares)
+        if step.others_s < math.inf:
+            self._schedule_within(step, rows, shares)
+            return
+        for row in rows:
+            self._take_in(step, row, min(row.num_uncomputed, self._prefill_chunk, step.budget))
+
+    def _seconds_for_others(self, step: StepDraft, rows: Sequence[Row], shares: Shares) -> float:
+        """By how much large tenants may lengthen a step of small ones."""
+        if not self._has_express_steps or not shares.large:
+            return math.inf
+        own = [row for row in rows if row.num_uncomputed and row.request.tenant in shares.small]
+        num_tokens = sum(min(row.num_uncomputed, self._prefill_chunk) for row in own)
+        return self._caution.seconds_for_others(shares, len(own), max(len(own), min(num_tokens, step.budget)))
+
+    def _schedule_within(self, step: StepDraft, rows: Sequence[Row], shares: Shares) -> None:
+        """All rows of small tenants; of the others' what there is time for, and two at least.
+
+        These are the oldest, and the one that has not taken part for longest.
+        """
+        others = [row for row in rows if row.num_uncomputed and row.request.tenant in shares.large]
+        num_sure = min(2, len(others))
+        for row in rows:
+            if row.request.tenant in shares.small:
+                self._take_in(step, row, min(row.num_uncomputed, self._prefill_chunk, step.budget - len(others)))
+        oldest = min(others, key=lambda r: r.serial, default=None)
+        others.sort(key=lambda r: (r is not oldest, self._last_step_of.get(r, 0), r.serial))
+        for place, row in enumerate(others):
+            num_behind = len(others) - place - 1  # a token is left for each
+            wanted = min(row.num_uncomputed, self._prefill_chunk, step.budget - num_behind)
+            if wanted <= 0:
                 continue
-            num_tokens = min(row.num_uncomputed, self._prefill_chunk, step.budget)
-            if num_tokens > 1 and not shares.is_entitled(row.request.tenant):
-                num_tokens = self._with_caution(step, num_tokens)
-            self._take_in(step, row, num_tokens)
+            # The oldest has its turn in every step: its prompt must not take the others'.
+            seconds = step.others_s / 2 if row is oldest and len(others) > 1 else step.others_s
+            num_tokens = self.step_times.num_tokens_within(seconds, wanted)
+            least = min(wanted, MIN_LIMITED_TOKENS)
+            if num_tokens < wanted:
+                self.form = StepForm.LIMITED
+            if num_tokens < least and place >= num_sure:
+                continue
+            self._take_in(step, row, max(num_tokens, least))
+            step.others_s -= self.step_times.of_one_more_row(step.num_tokens_of.get(row, 0))
 
-    def _schedule_waiting(self, step: "_Step", shares: Shares) -> None:
-        num_kept = len(self._kept) if shares.entitled != shares.tenants else 0
-        self._admit(step, self._with_caution(step, step.budget), self.waiting, num_kept=num_kept)
+    def _schedule_waiting(self, step: StepDraft, shares: Shares) -> None:
+        num_kept = len(self._places.kept) if shares.entitled != shares.tenants else 0
+        num_tokens = self.step_times.num_tokens_within(step.others_s, step.budget)
+        if num_tokens < step.budget and self.waiting and len(self.running) < self._places.max_rows:
+            self.form = StepForm.LIMITED
+            least = min(step.budget, MIN_LIMITED_TOKENS)
+            if num_tokens < least and any(row.request.tenant in shares.large for row in self.running):
+                return
+            num_tokens = max(num_tokens, least)
+        self._admit(step, num_tokens, self.waiting, num_kept=num_kept)
 
-    def _with_caution(self, step: "_Step", num_tokens: int) -> int:
-        """What of these tokens of prompts the step should read, if it comes soon after an express step."""
-        if not self._num_cautious_steps:
-            return num_tokens
-        allowed = min(num_tokens, step.num_cautious_tokens)
-        step.num_cautious_tokens -= allowed
-        return allowed
+    def _remember(self, step: StepDraft, shares: Shares) -> None:
+        """The small tenants that take part, how much of the client's text it is that they have computed, and how long
+        that would take by itself.
+        """
+        seen: dict[str, int | None] = {}
+        shapes: dict[str, tuple[int, int]] = {}  # rows and tokens
+        for row, num_tokens in step.num_tokens_of.items():
+            self._last_step_of[row] = self._num_steps
+            tenant = row.request.tenant
+            if tenant in shares.calm:
+                is_first = row.num_computed < row.num_prompt_tokens
+                seen[tenant] = num_tokens if is_first else seen.get(tenant)
+                num_rows, num_before = shapes.get(tenant, (0, 0))
+                shapes[tenant] = num_rows + 1, num_before + num_tokens
+        for tenant, num_first_tokens in seen.items():
+            self._caution.saw(tenant, num_first_tokens, self.step_times.of(*shapes[tenant]))
 
-    def _num_cautious_tokens(self, shares: Shares) -> int:
-        """How much a short step may read of the prompts of tenants that are not entitled to a place."""
-        num_decoding = sum(r.num_uncomputed == 1 and not shares.is_entitled(r.request.tenant) for r in self.running)
-        least = min(MIN_CAUTIOUS_TOKENS, self._prefill_chunk)
-        return max(least, self._prefill_chunk // CAUTIOUS_SHARE - num_decoding)
-
-    def _schedule_chunk(self, step: "_Step") -> None:
+    def _schedule_chunk(self, step: StepDraft) -> None:
         """One chunk of the row that has client tokens to compute (one at a time runs), else of the next that waits."""
         for row in self.running:
             if row.num_computed < row.num_prompt_tokens:
                 self._take_in(step, row, self._chunk_of(row))
                 return
-        # Two rows that push each other out while they compute their chunks would keep all others from decoding.
-        if not self.running or not self._owes_decode_step:
-            for row in self._admissible(step.budget, self.waiting):
+        # Two rows that push each other out while they compute their chunks would keep all others from decoding, and so
+        # would rows that end with their chunk and are followed by others without an end.
+        may_admit = self._num_admitted < len(self.running) and not self._owes_decode_step
+        if not self.running or may_admit:
+            for row in self._places.admissible(step.budget, self.waiting):
                 step.add(row, self._chunk_of(row))
+                self._num_admitted += len(self.running) > 1  # alone, it keeps nobody from decoding
                 return
 
-    def _schedule_decodes(self, step: "_Step") -> None:
+    def _schedule_decodes(self, step: StepDraft) -> None:
         self._owes_decode_step = False
+        self._num_admitted = 0
         for row in sorted(self.running, key=lambda r: r.serial):
             if row.num_computed >= row.num_prompt_tokens:
                 self._take_in(step, row, min(row.num_uncomputed, 1))
@@ -284,117 +341,8 @@ class Scheduler:
         bound = (row.num_computed // self._prefill_chunk + 1) * self._prefill_chunk
         return min(bound, row.num_prompt_tokens) - row.num_computed
 
-    def _take_in(self, step: "_Step", row: Row, num_tokens: int) -> None:
-        """Put a running row into the step, whoever has to give way for it; it may be the row itself."""
-        while row.state is RowState.RUNNING and num_tokens > 0:
-            if self._try_extend(row, num_tokens):
-                step.add(row, num_tokens)
-                return
-            victim = self._victim()
-            if victim is None:
-                raise RuntimeError(f"row {row.row_id} has found no room for {num_tokens} tokens although it is alone")
-            self._send_back(victim)
+    def _take_in(self, step: StepDraft, row: Row, num_tokens: int) -> None:
+        num_preemptions = self.num_preemptions
+        self._places.take_in(step, row, num_tokens)
+        if self.num_preemptions > num_preemptions:
             self._owes_decode_step = True
-            step.drop(victim)
-
-    def _send_back(self, row: Row) -> None:
-        """Preempt a running row."""
-        self.running.remove(row)
-        self._preempt(row)
-        row.state = RowState.WAITING
-        self.waiting.add(row, {other.request.tenant for other in self.running})
-        self.num_preemptions += 1
-
-    def _can_make_way(self, row: Row, shares: Shares | None) -> bool:
-        """Whether the tenant that runs most gives up a place for this row; not for one that has given way itself."""
-        return shares is not None and row not in self._num_charged and shares.can_make_way_for(row.request.tenant)
-
-    def _make_way(self, shares: Shares) -> None:
-        """Preempt the youngest row of the tenant that runs most. It runs two at least: the oldest of all is another."""
-        tenant = shares.make_way()
-        self._send_back(max((r for r in self.running if r.request.tenant == tenant), key=lambda r: r.serial))
-
-    def _charge(self, row: Row, num_tokens: int) -> None:
-        """To the row's tenant, for those of its next `num_tokens` tokens that it has not computed before."""
-        end = row.num_computed + num_tokens
-        num_new = end - max(row.num_computed, self._num_charged.get(row, 0))
-        if num_new > 0:
-            self._num_charged[row] = end
-            self.waiting.charge(row.request.tenant, num_new)
-
-    def _victim(self) -> Row | None:
-        """The youngest row, but not the oldest of all, of the tenant that holds most pages among those that have one.
-
-        Were the oldest not spared, a long row that is its tenant's only one could give way to new rows for ever.
-        """
-        oldest = min(self.running, key=lambda r: r.serial)
-        num_pages_of: Counter[str] = Counter()
-        for row in self.running:
-            num_pages_of[row.request.tenant] += row.num_pages
-        others = (row for row in self.running if row is not oldest)
-        return max(others, key=lambda r: (num_pages_of[r.request.tenant], r.serial), default=None)
-
-    def _admissible(
-        self, budget: int, rows: Iterable[Row], *, shares: Shares | None = None, num_kept: int = 0
-    ) -> Iterator[Row]:
-        """Admits of these waiting rows what may be; with `shares`, others give way for rows entitled to a place."""
-        max_rows = max(1, self._max_rows - num_kept)
-        if budget <= 0 or (shares is None and len(self.running) >= max_rows):
-            return
-        not_ready: set[str] = set()  # many rows of one cold task count as one
-        for row in rows:
-            if shares is not None and not shares.is_entitled(row.request.tenant):
-                continue  # it has got its place; the rest of its rows wait for their turn
-            prompt = row.request.prompt
-            key = prompt.prefix_key if prompt is not None else row.row_id
-            if key in not_ready:
-                continue
-            if len(not_ready) >= self._max_cold_prompts:
-                return
-            if len(self.running) >= max_rows and not self._can_make_way(row, shares):
-                return
-            admission = self._try_admit(row)
-            while admission is Admission.NO_ROOM and shares is not None and self._can_make_way(row, shares):
-                self._make_way(shares)
-                admission = self._try_admit(row)
-            if shares is not None and shares.has_made_way:
-                # Were it in vain, or were the row itself sent back, others must not give way for it once more.
-                self._num_charged.setdefault(row, 0)
-            if admission is Admission.NO_ROOM:
-                if not self.running:
-                    raise RuntimeError(f"row {row.row_id} has found no room although nothing runs")
-                return
-            if admission is Admission.PREFIX_NOT_READY:
-                not_ready.add(key)
-                continue
-            if shares is not None:
-                is_full = len(self.running) >= max_rows
-                if is_full:
-                    self._make_way(shares)
-                    self._num_charged.setdefault(row, 0)
-                self._kept.take(row, is_given_up=is_full)
-            self.waiting.remove(row)
-            row.state = RowState.RUNNING
-            self.running.append(row)
-            if shares is not None:
-                shares.num_running[row.request.tenant] += 1
-            yield row
-
-
-class _Step:
-    """A step in the making: the rows that take part, and what is left of the budget."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.num_tokens_of: dict[Row, int] = {}  # in the order in which rows were taken in
-        self.num_cautious_tokens = 0  # what a step that is kept short may still read
-        self.has_preempted = False
-
-    def add(self, row: Row, num_tokens: int) -> None:
-        self.num_tokens_of[row] = num_tokens
-        self.budget -= num_tokens
-
-    def drop(self, row: Row) -> None:
-        """A row has been preempted: it takes no part, and the next chunk may have its tokens."""
-        self.budget += self.num_tokens_of.pop(row, 0)
-        self.has_preempted = True

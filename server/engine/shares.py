@@ -16,9 +16,10 @@ NUM_KEPT_STEPS = 64
 class Shares:
     """The tenants as a step finds them.
 
-    A tenant is entitled to a place at once when all that it has is no more than its fair share of the places (it is
-    small), or when nothing of it runs, nor has run in the step before. Without that look back, a tenant with a backlog
-    of rows of one token would find nothing of its own running every other step, and push others out each time.
+    A tenant is small when all that it has is no more than its fair share of the places, else large. It is entitled to a
+    place at once when it is small, or when nothing of it runs, nor has run in the step before. Without that look back,
+    a tenant with a backlog of rows of one token would find nothing of its own running every other step, and push others
+    out each time.
     """
 
     def __init__(self, running: Collection[Row], waiting: WaitingRows, max_rows: int, recent: Set[str]) -> None:
@@ -28,7 +29,11 @@ class Shares:
         self.has_made_way = False
         self._recent = recent if running else frozenset()  # while nothing runs there is room for all
         share = max(1, max_rows // max(1, len(self.tenants)))
-        self.small = {t for t in self.tenants if self.num_running[t] + waiting.num_rows_of(t) <= share}
+        num_rows = {t: self.num_running[t] + waiting.num_rows_of(t) for t in self.tenants}
+        self.small = {t for t, number in num_rows.items() if number <= share}
+        self.large = self.tenants - self.small
+        # Those that were small beside one more tenant too, should they be alone.
+        self.calm = {t for t in self.small if num_rows[t] <= max(1, max_rows // 2)}
 
     @property
     def entitled(self) -> set[str]:

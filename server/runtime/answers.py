@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from server.engine.request import RowOutput, SamplingParams
 from server.errors import QuotaExceededError
-from server.runtime.generation import Generation, GenerationSpec, check_encoded
+from server.runtime.generation import Generation, GenerationSpec, encode_prompt
 from server.runtime.receipts import RequestOrigin
 from server.runtime.streams import merge_outputs
 from server.runtime.tokens import TokenCodec
@@ -53,17 +53,23 @@ class Ask:
 
 
 def tokenize_questions(
-    texts: Sequence[tuple[str, str | None]], codec: TokenCodec, *, param: str
+    texts: Sequence[tuple[str, str | None]], codec: TokenCodec, *, max_model_len: int, param: str
 ) -> tuple[Question, ...]:
     """Prompts with their completions. Raises InvalidRequestError, naming the prompt by its place in `param`."""
     questions = []
     for index, (prompt, completion) in enumerate(texts):
-        prompt_ids = codec.encode(prompt, add_special_tokens=True)
-        check_encoded(prompt_ids, codec.vocab_size, f"{param}.{index}.prompt")
+        prompt_ids = encode_prompt(
+            prompt, codec, add_special_tokens=True, max_model_len=max_model_len, param=f"{param}.{index}.prompt"
+        )
         completion_ids: tuple[int, ...] = ()
         if completion is not None:
-            completion_ids = codec.encode(completion, add_special_tokens=False)
-            check_encoded(completion_ids, codec.vocab_size, f"{param}.{index}.completion")
+            completion_ids = encode_prompt(
+                completion,
+                codec,
+                add_special_tokens=False,
+                max_model_len=max_model_len,
+                param=f"{param}.{index}.completion",
+            )
         questions.append(
             Question(prompt=prompt, completion=completion, prompt_ids=prompt_ids, completion_ids=completion_ids)
         )

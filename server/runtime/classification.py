@@ -13,7 +13,7 @@ from typing import Any
 
 from server.engine.request import TokenLogprob
 from server.errors import InvalidRequestError
-from server.runtime.generation import check_encoded
+from server.runtime.generation import check_encoded, encode_prompt
 from server.runtime.tokens import TokenCodec
 
 LABELS_KEY = "labels"
@@ -53,14 +53,19 @@ def tokenize_inputs(
     *,
     separator: str | None,
     add_special_tokens: bool,
+    max_model_len: int,
     max_tokens: int,
 ) -> list[ScoredInput]:
-    """Raises InvalidRequestError where a label leaves no token to score, and for more than `max_tokens` in all."""
+    """Raises InvalidRequestError where a label leaves no token to score, and for more than `max_tokens` in all; early
+    for an input that is far longer than `max_model_len`.
+    """
     scored: list[ScoredInput] = []
     num_tokens = 0
     for index, text in enumerate(inputs):
         param = "input" if len(inputs) == 1 else f"input.{index}"
-        context = codec.encode(text, add_special_tokens=add_special_tokens)
+        context = encode_prompt(
+            text, codec, add_special_tokens=add_special_tokens, max_model_len=max_model_len, param=param
+        )
         # Before the work of tokenising it once a label.
         num_tokens += len(context) * len(labels)
         if num_tokens > max_tokens:

@@ -141,6 +141,7 @@ class GateRunner:
             tokenize_questions,
             [(probe.prompt, probe.completion) for probe in probes],
             runtime.parts.codec,
+            max_model_len=runtime.parts.backbone.max_model_len,
             param="probes",
         )
         await self._report(version, _Outcome("running", None, {"num_done": 0}))

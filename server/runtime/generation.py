@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 
 from server.engine.request import PromptRef, RowRequest, SamplingParams
 from server.errors import ContextLengthExceededError, InvalidRequestError
-from server.runtime.tokens import TokenCodec
+from server.runtime.tokens import TokenCodec, TooManyTokensError
 
 USUAL_ANSWER_TOKENS = 256
+# Log-probabilities of prompt tokens in one answer, alternatives counted: they are kept until all are there, each in
+# about a hundred bytes.
+MAX_PROMPT_LOGPROBS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +118,11 @@ def check_budget(spec: GenerationSpec, *, max_tokens: int, max_rows: int) -> Non
         )
 
 
-def tokenize(spec: GenerationSpec, codec: TokenCodec) -> tuple[tuple[int, ...], ...]:
-    """The token ids of each item. A text that several items share is tokenised once. Raises InvalidRequestError."""
+def tokenize(spec: GenerationSpec, codec: TokenCodec, max_model_len: int) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each item. A text that several items share is tokenised once.
+
+    Raises InvalidRequestError, a ContextLengthExceededError early for a text that is far longer than `max_model_len`.
+    """
     encoded: dict[str, tuple[int, ...]] = {}
     token_ids: list[tuple[int, ...]] = []
     for index, prompt in enumerate(spec.prompts):
@@ -124,11 +130,31 @@ def tokenize(spec: GenerationSpec, codec: TokenCodec) -> tuple[tuple[int, ...], 
             token_ids.append(prompt)
             continue
         if prompt not in encoded:
-            encoded[prompt] = codec.encode(prompt, add_special_tokens=spec.add_special_tokens)
-            param = spec.param if len(spec.prompts) == 1 else f"{spec.param}.{index}"
-            check_encoded(encoded[prompt], codec.vocab_size, param)
+            encoded[prompt] = encode_prompt(
+                prompt,
+                codec,
+                add_special_tokens=spec.add_special_tokens,
+                max_model_len=max_model_len,
+                param=spec.param if len(spec.prompts) == 1 else f"{spec.param}.{index}",
+            )
         token_ids.append(encoded[prompt])
     return tuple(token_ids)
+
+
+def encode_prompt(
+    text: str, codec: TokenCodec, *, add_special_tokens: bool, max_model_len: int, param: str
+) -> tuple[int, ...]:
+    """The tokens of a text that the backbone is to read. Raises InvalidRequestError, naming `param`."""
+    try:
+        token_ids = codec.encode_within(text, add_special_tokens=add_special_tokens, max_tokens=max_model_len)
+    except TooManyTokensError as error:
+        raise ContextLengthExceededError(
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested at least "
+            f"{error.at_least} tokens in the prompt. Please reduce the length of the prompt.",
+            param=param,
+        ) from None
+    check_encoded(token_ids, codec.vocab_size, param)
+    return token_ids
 
 
 def check_encoded(token_ids: tuple[int, ...], vocab_size: int, param: str) -> None:
@@ -153,8 +179,10 @@ def make_generation(
 ) -> Generation:
     """Rows of `spec`. `prompts` holds what each reference resolved to.
 
-    Raises ContextLengthExceededError when an item, its virtual tokens and its new tokens do not fit together.
+    Raises ContextLengthExceededError when an item, its virtual tokens and its new tokens do not fit together, and
+    InvalidRequestError for too many log-probabilities.
     """
+    _check_prompt_logprobs(spec, sum(map(len, token_ids)))
     base_seed = spec.sampling.seed if spec.sampling.seed is not None else secrets.randbits(63)
     items: list[GenerationItem] = []
     rows: list[RowRequest] = []
@@ -182,6 +210,18 @@ def make_generation(
         rows=tuple(rows),
         fills_context=spec.fills_context,
     )
+
+
+def _check_prompt_logprobs(spec: GenerationSpec, num_tokens: int) -> None:
+    if spec.sampling.prompt_logprobs is None:
+        return
+    num_asked = num_tokens * spec.n * (spec.sampling.prompt_logprobs + 1)
+    if num_asked > MAX_PROMPT_LOGPROBS:
+        raise InvalidRequestError(
+            f"{num_tokens} prompt tokens × n={spec.n} × (logprobs={spec.sampling.prompt_logprobs} + 1) are {num_asked} "
+            f"log-probabilities; one request may ask for {MAX_PROMPT_LOGPROBS}.",
+            param="logprobs",
+        )
 
 
 def _fit(spec: GenerationSpec, num_tokens: int, num_virtual_tokens: int, max_model_len: int) -> SamplingParams:

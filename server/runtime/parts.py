@@ -16,6 +16,7 @@ from server.runtime.demo import load_demo_prompts
 from server.runtime.protocols import BackboneLike, Deliver, EngineLike, LoadPrompt
 from server.runtime.receipts import ReceiptWriter
 from server.runtime.reload import default_limits
+from server.runtime.replicas import ReplicaWatch
 from server.runtime.stats import TaskStatsTable
 from server.runtime.tasks import TaskService, load_prompt
 from server.runtime.tokens import TokenCodec
@@ -41,9 +42,11 @@ class OpenedStore:
     keys: KeyRing
     quotas: QuotaKeeper
     receipts: ReceiptWriter
+    replicas: ReplicaWatch
 
     def close(self) -> None:
-        """Writes the receipts that are queued, and gives the folder free. Blocking; may be called twice."""
+        """Writes the receipts that are queued, and gives the store free. Blocking; may be called twice."""
+        self.replicas.stop()
         self.receipts.stop(RECEIPTS_STOP_TIMEOUT_S)
         self.store.close()
 
@@ -71,13 +74,17 @@ def open_store(settings: Settings, metrics: Metrics) -> OpenedStore:
     """The store, which does not know its backbone yet. Raises StartError, for instance when another server has it."""
     limits = StoreLimits(max_file_bytes=settings.max_upload_bytes, max_virtual_tokens=settings.max_virtual_tokens)
     try:
-        store = PromptStore.open(settings.data_dir, limits=limits)
+        store = PromptStore.open(settings.store_location, limits=limits, max_stale_s=settings.store_max_stale_s)
     except PromptStoreError as error:
         raise StartError(error.message) from error
     receipts = ReceiptWriter(store, metrics, max_rows=settings.receipts_max_rows)
     receipts.start()
     return OpenedStore(
-        store=store, keys=KeyRing(store), quotas=QuotaKeeper(store, default_limits(settings)), receipts=receipts
+        store=store,
+        keys=KeyRing(store),
+        quotas=QuotaKeeper(store, default_limits(settings)),
+        receipts=receipts,
+        replicas=ReplicaWatch(store, metrics),
     )
 
 
@@ -105,6 +112,7 @@ def load_parts(
     tasks = TaskService(store, engine, stats, metrics, backbone.name, quota_of=opened.quotas.quota_of)
     try:
         tasks.refresh()
+        opened.replicas.start(tasks.refresh)
     except BaseException:
         engine.stop(0.0)
         raise
@@ -112,6 +120,7 @@ def load_parts(
         version=__version__,
         torch=importlib.metadata.version("torch"),
         backbone=backbone.name,
+        fingerprint=backbone.fingerprint,
         device=backbone.device_name,
         dtype=backbone.dtype_name,
         path=backbone.path,

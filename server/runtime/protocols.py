@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prompt_store.manifest import BackboneShape, SoftPrompt
+from server.engine.background import BackgroundWork
 from server.engine.norms import NormStats
 from server.engine.request import PromptRef, RowOutput, RowRequest
 from server.engine.status import CompiledState
@@ -59,6 +60,11 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens_map(self) -> Mapping[str, Any]: ...
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """Tokens beside the model's own vocabulary, by id; `lstrip` says that one takes the white space before it."""
+        ...
 
 
 class NearestTokensLike(Protocol):
@@ -156,5 +162,21 @@ class EngineLike(Protocol):
     def residency(self, prefix_key: str) -> Residency: ...
     def evict(self, prefix_key: str) -> None: ...
     def pin(self, refs: Sequence[PromptRef]) -> None: ...
+    def set_background(self, work: BackgroundWork) -> None:
+        """Runs this in the gaps that serving leaves; called again, it asks the work again."""
+        ...
+
     def start_drain(self) -> None: ...
     def stop(self, timeout_s: float) -> None: ...
+
+
+class BackgroundRunner(Protocol):
+    """What a server does beside requests, on the event loop: begun when it is ready, ended when it drains."""
+
+    def stop(self) -> None:
+        """Begins no more, and gives up what runs. Returns at once; may be called twice."""
+        ...
+
+    async def wait_stopped(self) -> None:
+        """Waits until what ran has been given back. Call `stop` before."""
+        ...

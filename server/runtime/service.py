@@ -20,14 +20,16 @@ from prompt_store.store import PromptStore
 from server.engine.request import PromptRef, RowOutput
 from server.errors import DrainingError, EngineFailedError, LoadingError
 from server.metrics import Metrics
-from server.runtime.gates import GateRunner
 from server.runtime.generation import Generation, GenerationSpec, check_budget, make_generation, tokenize
 from server.runtime.in_flight import RequestsInFlight, RunningGeneration
 from server.runtime.parts import LoadBackbone, MakeEngine, OpenedStore, Parts, StartError, load_parts, open_store
-from server.runtime.protocols import BackboneLike
+from server.runtime.protocols import BackboneLike, BackgroundRunner
 from server.runtime.receipts import RequestOrigin, make_receipts
 from server.runtime.reload import ReadSettings, Reloaded, default_limits, reload_settings
+from server.runtime.runners import check_can_train, start_runners
 from server.runtime.stats import TaskStatsTable
+from server.runtime.store_errors import client_errors
+from server.runtime.training import TrainingService, require_training
 from server.runtime.watch import wait_for_failure
 from server.settings import Settings
 from server.tenancy.keys import Caller, KeyRing
@@ -73,7 +75,8 @@ class Runtime:
         self._failure: str | None = None
         self._is_stopped = False
         self._opened: OpenedStore | None = None
-        self._gates: GateRunner | None = None
+        self._runners: list[BackgroundRunner] = []
+        self._training: TrainingService | None = None
         self._parts: Parts | None = None
         self._stats = TaskStatsTable()
         self._in_flight = RequestsInFlight(self._end_request)
@@ -131,6 +134,11 @@ class Runtime:
         """For what concerns keys and tenants; its methods block. Raises as `parts` does."""
         return self._require_opened().store
 
+    @property
+    def training(self) -> TrainingService:
+        """Raises PermissionDeniedError where no prompts are made, and as `parts` does."""
+        return require_training(self._training if self.parts else None)
+
     def check_ready(self) -> None:
         """Raises the 503 that tells why no request can be taken now."""
         if self._state == "draining":
@@ -148,7 +156,9 @@ class Runtime:
             raise EngineFailedError(f"The engine has failed: {reason}")
 
     def refresh_gauges(self) -> None:
-        """Sets the engine's gauges to what they are now."""
+        """Sets the engine's gauges, and the store's, to what they are now."""
+        if self._opened is not None:
+            self._opened.replicas.refresh_gauges()
         if self._parts is not None:
             status = self._parts.engine.status()
             self.metrics.num_requests_running.set(status.num_running)
@@ -174,8 +184,8 @@ class Runtime:
         if self._state in ("loading", "ready"):
             self._state = "draining"
         self.metrics.draining.set(1)
-        if self._gates is not None:
-            self._gates.stop()
+        for runner in self._runners:
+            runner.stop()
         if self._parts is not None:
             self._parts.engine.start_drain()
 
@@ -185,8 +195,8 @@ class Runtime:
             return
         self._is_stopped = True
         self.start_drain()
-        if self._gates is not None:
-            await self._gates.wait_stopped()
+        for runner in self._runners:
+            await runner.wait_stopped()
         if self._watcher is not None:
             self._watcher.cancel()
         if self._parts is not None:
@@ -244,16 +254,18 @@ class Runtime:
         parts = self.parts
         check_budget(spec, max_tokens=self.settings.max_request_tokens, max_rows=self.settings.max_waiting_rows)
         if not self.quotas.is_fresh(caller.tenant):
-            await self.call(self.quotas.refresh, caller.tenant)
+            with client_errors():
+                await self.call(self.quotas.refresh, caller.tenant)
         prompts = await self._resolve_all(caller, spec.references, origin)
-        token_ids = await self.run_tokenizer(spec.num_chars, tokenize, spec, parts.codec)
+        max_model_len = parts.backbone.max_model_len
+        token_ids = await self.run_tokenizer(spec.num_chars, tokenize, spec, parts.codec, max_model_len)
         return make_generation(
             spec,
             generation_id=uuid.uuid4().hex,
             tenant=caller.tenant,
             token_ids=token_ids,
             prompts=prompts,
-            max_model_len=parts.backbone.max_model_len,
+            max_model_len=max_model_len,
         )
 
     def submit(
@@ -304,6 +316,7 @@ class Runtime:
     def _load(self) -> None:
         """The body of the loading thread."""
         try:
+            check_can_train(self.settings)
             opened = self._opened = open_store(self.settings, self.metrics)
             parts = load_parts(
                 self.settings,
@@ -336,8 +349,7 @@ class Runtime:
             parts.engine.start_drain()
             return
         self._state = "ready"
-        self._gates = GateRunner(self)
-        self._gates.start()
+        self._training, self._runners = start_runners(self)
         _log.info("ready", backbone=parts.backbone.name, path=parts.backbone.path, dtype=parts.backbone.dtype_name)
 
     def _loading_failed(self, reason: str) -> None:

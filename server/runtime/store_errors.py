@@ -14,6 +14,8 @@ from server.errors import (
     PromptmuxError,
     QuotaExceededError,
     StorageFullError,
+    StorageQuotaExceededError,
+    StoreUnavailableError,
     TaskNotFoundError,
     UnavailableError,
     UnsupportedFileError,
@@ -29,14 +31,17 @@ _TABLE: dict[type[store.PromptStoreError], tuple[type[PromptmuxError], str | Non
     store.PromptMismatch: (PromptMismatchError, None),
     store.TaskNotFound: (TaskNotFoundError, None),
     store.KeyNotFound: (NotFoundError, None),
+    store.TrainingNotFound: (NotFoundError, None),
     store.VersionConflict: (ConflictError, "version_conflict"),
     store.VersionActive: (ConflictError, "version_active"),
     store.GateNotPassed: (ConflictError, "gate_not_passed"),
-    store.QuotaExceeded: (QuotaExceededError, None),
+    store.QuotaExceeded: (StorageQuotaExceededError, None),
+    store.TooManyJobs: (QuotaExceededError, "too_many_jobs"),
     store.PromptCorrupt: (PromptCorruptError, None),
     store.StorageFull: (StorageFullError, None),
     store.StoreInUse: (UnavailableError, "storage_failed"),
     store.StorageFailed: (UnavailableError, "storage_failed"),
+    store.StorageUnavailable: (StoreUnavailableError, None),
 }
 
 

@@ -74,13 +74,6 @@ def resident_key(version: PromptVersion) -> str:
     return f"{version.tenant}/{version.prefix_key}"
 
 
-def may_change(caller: Caller, version: PromptVersion) -> bool:
-    """Whether the version is the caller's to change, and what it is tested by the caller's to read: that others may
-    use what is in the tenant `shared` does not make it theirs.
-    """
-    return caller.can("admin") or (caller.can("write") and caller.tenant == version.tenant)
-
-
 def to_ref(version: PromptVersion) -> PromptRef:
     """What a row holds of a version."""
     return PromptRef(
@@ -173,13 +166,13 @@ class TaskService:
             found = self._store.list_visible(tenant, limit=limit + 1, after=after)
             return [self._view(task, active) for task, active in found[:limit]], len(found) > limit
 
-    def list_callable(self, tenant: str) -> list[Task]:
-        """All tasks with an active version, by name."""
-        tasks: list[Task] = []
+    def callable_pages(self, tenant: str) -> Iterator[list[Task]]:
+        """All tasks with an active version, by name, so many at a time as are read at once."""
+        after: str | None = None
         with client_errors():
-            while page := self._store.list_callable(tenant, limit=_PAGE, after=tasks[-1].task if tasks else None):
-                tasks.extend(page)
-        return tasks
+            while page := self._store.list_callable(tenant, limit=_PAGE, after=after):
+                yield page
+                after = page[-1].task
 
     def get_task(self, tenant: str, task: str) -> TaskView:
         with client_errors():

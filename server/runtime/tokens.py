@@ -11,8 +11,22 @@ from functools import cache
 from server.runtime.protocols import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Of a text that is long for its limit, at first so many characters a token of the limit are looked at, about twice what
+# texts have.
+CHARS_PER_TOKEN = 8
+# Tokens that a text's beginning may have more than the whole text has there: a word that was cut reads otherwise.
+EDGE_TOKENS = 512
+_MARGIN, _MAX_GROWTH = 1.25, 4
 # How sentencepiece names the tokens that are one byte.
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class TooManyTokensError(Exception):
+    """A text has more tokens than it may have: at least `at_least`."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"at least {at_least} tokens")
+        self.at_least = at_least
 
 
 class TokenCodec:
@@ -24,10 +38,31 @@ class TokenCodec:
         self.special_ids = frozenset(tokenizer.all_special_ids)
         # Bounded by the vocabulary.
         self._texts: dict[int, str] = {}
+        self._takes_space_before = any(token.lstrip for token in tokenizer.added_tokens_decoder.values())
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of `text`. Takes about a millisecond a kilobyte: long texts belong in a thread."""
         return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def encode_within(self, text: str, *, add_special_tokens: bool, max_tokens: int) -> tuple[int, ...]:
+        """As `encode`, at a cost bounded by what could fit: of a text that is far too long, only a beginning is
+        tokenised that is seen to be too long by itself.
+
+        Raises TooManyTokensError for such a text; one that is too long by less is returned whole.
+        """
+        num_chars = max_tokens * CHARS_PER_TOKEN
+        while num_chars < len(text):
+            beginning = text[:num_chars]
+            if self._takes_space_before:
+                # However long it is, the white space at the end may be part of one token that comes next.
+                beginning = beginning.rstrip()
+            num_found = len(self.encode(beginning, add_special_tokens=False))
+            if num_found - EDGE_TOKENS > max_tokens:
+                raise TooManyTokensError(num_found - EDGE_TOKENS)
+            # As far as it takes if the text goes on like this; not farther, for it may not.
+            growth = _MARGIN * (max_tokens + EDGE_TOKENS) / max(num_found, 1)
+            num_chars = int(num_chars * min(max(growth, 2), _MAX_GROWTH))
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(

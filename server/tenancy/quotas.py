@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 from prompt_store.manifest import Quota
-from server.errors import QuotaExceededError, RateLimitExceededError
+from server.errors import MAX_RETRY_AFTER_S, QuotaExceededError, RateLimitExceededError
 from server.tenancy.buckets import TokenBucket
 
 # A changed quota is in force after at most so long.
@@ -204,6 +204,7 @@ class QuotaKeeper:
             f"quota is {limit}.",
             param="max_running_rows",
             retry_in_s=1.0,
+            helps_waiting=num_rows <= limit,
         )
 
     @staticmethod
@@ -215,11 +216,13 @@ class QuotaKeeper:
             return
         left = max(0, int(bucket.level(now_s)))
         message = f"Rate limit reached: {bucket.per_minute} {what} a minute, {left} left, {amount} needed."
-        kind = QuotaExceededError if amount > bucket.per_minute else RateLimitExceededError
+        helps_waiting = amount <= bucket.per_minute
+        kind = RateLimitExceededError if helps_waiting else QuotaExceededError
         raise kind(
             message,
             param=f"{what}_per_minute",
-            retry_in_s=wait_s if amount <= bucket.per_minute else 30.0,
+            retry_in_s=wait_s if helps_waiting else MAX_RETRY_AFTER_S,
+            helps_waiting=helps_waiting,
             more_headers=_headers(account, now_s),
         )
 

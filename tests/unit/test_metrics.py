@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import STEP_PHASES, TIERS, Metrics
+from server.metrics import ROW_FAILURES, STEP_PHASES, TIERS, Metrics
 
 # As the HTTP contract lists them.
 GAUGES = {
@@ -69,7 +69,9 @@ def test_contract_names_kinds_and_labels(kind: str, expected: dict[str, tuple[st
 
 def test_every_sample_has_the_prefix_or_is_of_the_process() -> None:
     metrics = Metrics()
-    metrics.set_build_info(version="1", torch="2", backbone="b", device="cpu", dtype="float32", path="packed")
+    metrics.set_build_info(
+        version="1", torch="2", backbone="b", fingerprint="f", device="cpu", dtype="float32", path="packed"
+    )
 
     names = {name for name, _ in samples(metrics)}
 
@@ -84,6 +86,8 @@ def test_series_with_known_labels_start_at_zero() -> None:
         assert found["promptmux_prompt_cache_hits_total", (("tier", tier),)] == 0
     for phase in STEP_PHASES:
         assert found["promptmux_step_seconds_count", (("phase", phase),)] == 0
+    for reason in ROW_FAILURES:
+        assert found["promptmux_rows_failed_total", (("reason", reason),)] == 0
     assert found["promptmux_isolation_violations_total", ()] == 0
     assert found["promptmux_draining", ()] == 0
 
@@ -104,7 +108,9 @@ def test_counted_values_are_rendered() -> None:
 
 def test_build_info_carries_what_runs() -> None:
     metrics = Metrics()
-    metrics.set_build_info(version="0.1", torch="2.13", backbone="tiny", device="cpu", dtype="float32", path="dense")
+    metrics.set_build_info(
+        version="0.1", torch="2.13", backbone="tiny", fingerprint="f", device="cpu", dtype="float32", path="dense"
+    )
 
     labels = next(labels for name, labels in samples(metrics) if name == "promptmux_build_info")
 
@@ -112,6 +118,7 @@ def test_build_info_carries_what_runs() -> None:
         "version": "0.1",
         "torch": "2.13",
         "backbone": "tiny",
+        "fingerprint": "f",
         "device": "cpu",
         "dtype": "float32",
         "path": "dense",

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from server.settings import GROUPS, MIB, Settings, env_name, flag_name
+from server.setting_types import MIB
+from server.settings import GROUPS, Settings, env_name, flag_name
 from server.settings_sources import OTHER_ENV_NAMES, SettingsError, load_settings, resolve_settings
 
 
@@ -123,6 +124,8 @@ def test_service_links_of_kubernetes_are_explained(variable: str) -> None:
 
 OUT_OF_RANGE = [
     ("quantization", "int4"),
+    ("store", "mysql://u:p@host/db"),
+    ("store_max_stale_s", "-1"),
     ("compile", "always"),
     ("deterministic", "yes"),
     ("overlap", "yes"),
@@ -143,6 +146,8 @@ OUT_OF_RANGE = [
     ("drain_timeout_s", "86401"),
     ("failure_grace_s", "-1"),
     ("failure_grace_s", "86401"),
+    ("body_timeout_s", "0"),
+    ("body_timeout_s", "86401"),
     ("upload_timeout_s", "0"),
     ("upload_timeout_s", "86401"),
     ("slow_reader_timeout_s", "0"),
@@ -173,6 +178,21 @@ OUT_OF_RANGE = [
     ("max_request_tokens", "0"),
     ("max_prompts", "0"),
     ("max_prompts", "65537"),
+    ("allow_training", "yes"),
+    ("training_share", "-0.1"),
+    ("training_share", "0.91"),
+    ("training_jobs_at_once", "0"),
+    ("training_jobs_at_once", "65"),
+    ("max_training_steps", "0"),
+    ("max_training_steps", "1000001"),
+    ("max_training_tokens", "15"),
+    ("max_training_tokens", "1000001"),
+    ("max_training_parameters", "999"),
+    ("max_training_file_bytes", "1023"),
+    ("max_training_file_bytes", "257MiB"),
+    ("max_tenant_training_bytes", "1023"),
+    ("max_tenant_training_jobs", "0"),
+    ("max_tenant_training_jobs", "10001"),
     ("audit_share", "-0.01"),
     ("audit_share", "1.01"),
     ("audit_share", "nan"),

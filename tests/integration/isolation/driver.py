@@ -136,8 +136,7 @@ class EngineDriver:
         give_up_at_s = time.monotonic() + GIVE_UP_AFTER_S
         while not is_done():
             if not self.step():
-                self.engine._wake.wait(0.05)
-                self.engine._wake.clear()
+                self.engine._commands.wait(0.05)
             if time.monotonic() > give_up_at_s:
                 raise AssertionError(f"not done after {GIVE_UP_AFTER_S} s: {self.engine.status()}")
 

@@ -14,10 +14,10 @@ import torch
 from prompt_store.manifest import SoftPrompt
 from server.engine import results
 from server.engine.kernels.batch import LayerAttention, PagedBatch
-from server.engine.prefix import Prefix
+from server.engine.prefix_maker import MadePrefix, PrefixMaker
 from server.engine.request import PromptRef
-from server.engine.residency import PrefixResidency
 from server.engine.sampler import DeviceSample, SamplerRow, sample_async
+from server.errors import PromptmuxError
 from tests.integration.isolation.comparison import differences_from_oracle
 from tests.integration.isolation.driver import Case, EngineDriver
 from tests.integration.isolation.world import TWINS, World
@@ -89,13 +89,15 @@ def test_prefix_made_of_another_prompts_numbers_is_caught(
 ) -> None:
     world = world_of(family)
     cases = make_cases(world)
-    compile_right = PrefixResidency.compile
+    make_right = PrefixMaker.make_all
 
-    def compile_wrong(self: PrefixResidency, ref: PromptRef, prompt: SoftPrompt) -> Prefix | None:
-        wrong = world.prompts[twin].soft_prompt if ref == world.prompts[victim].ref else prompt
-        return compile_right(self, ref, wrong)
+    def make_wrong(
+        self: PrefixMaker, prompts: Sequence[tuple[PromptRef, SoftPrompt]]
+    ) -> list[MadePrefix | PromptmuxError]:
+        wrong = world.prompts[twin].soft_prompt
+        return make_right(self, [(r, wrong if r == world.prompts[victim].ref else prompt) for r, prompt in prompts])
 
-    monkeypatch.setattr(PrefixResidency, "compile", compile_wrong)
+    monkeypatch.setattr(PrefixMaker, "make_all", make_wrong)
     assert_caught(world, cases, run_audited(world, cases), {f"row-{victim}"})
 
 

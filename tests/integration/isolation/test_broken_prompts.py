@@ -99,5 +99,6 @@ def test_pages_of_a_broken_row_serves_the_next_row_as_if_new(world_of: Callable[
     kv_bytes = world.backbone.max_model_len * world.backbone.bytes_per_token
     with world.driver(kv_cache_bytes=kv_bytes, max_rows=1, poison_freed_pages=False) as driver:
         assert isinstance(driver.run_alone(row).error, NumericalError)
+        assert driver.count("rows_failed_total", reason=NumericalError.default_code) == 1
         results = driver.run(following)
     assert world.differences(following, results) == []

@@ -100,6 +100,8 @@ def make_world(
     `trained` are folders of prompts that exist already; each goes by its folder's name.
     """
     backbone = Backbone.load(str(model_folder), dtype="float32", device=TEST_DEVICE)
+    # Where bits do not matter, so that prompts that share a pass are put to every test.
+    backbone.prefixes_share_passes = backbone.path == "packed"
     base = load_model(model_folder)
     shape = backbone.shape(MAX_VIRTUAL_TOKENS)
     prompts = {ready.name: read_prompt(ready.name, ready, shape) for ready in trained}

@@ -15,6 +15,8 @@ GOOD: dict[str, Any] = {"model": "capital", "prompt": "x"}
 
 BAD_FIELDS: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 10**9}, "n"),
+    ({"tasks": [1] * 70_000}, "tasks.0"),
+    ({"tasks": ["capital"] * 70_000}, "tasks"),
     ({"n": 0}, "n"),
     ({"n": 9}, "n"),
     ({"n": "3"}, "n"),
@@ -69,6 +71,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None]] = [
     ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
     ({"logit_bias": {"1": "1"}}, "logit_bias.1"),
     ({"logit_bias": {"1": None}}, "logit_bias.1"),
+    ({"logit_bias": {"1": True}}, "logit_bias.1"),
     ({"logit_bias": {str(i): 0 for i in range(301)}}, "logit_bias"),
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
@@ -194,7 +197,9 @@ def test_unknown_task_is_404(server: LiveServer, reference: str) -> None:
 def test_one_unknown_task_of_several_refuses_all(server: LiveServer) -> None:
     before = len(server.engine.submitted)
 
-    assert server.post({"tasks": ["capital", "nobody"], "prompt": "x"}).status_code == 404
+    for streams in (False, True):
+        refused = server.post({"tasks": ["capital", "nobody", "capital"], "prompt": "x", "stream": streams})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (404, "tasks.1")
     assert len(server.engine.submitted) == before
 
 

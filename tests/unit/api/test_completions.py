@@ -164,9 +164,9 @@ def test_every_sampling_field_reaches_the_engine(server: LiveServer) -> None:
         {
             "model": "capital", "prompt": "x", "max_completion_tokens": 9, "min_tokens": 2, "temperature": 0.5,
             "top_p": 0.9, "top_k": -1, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1.5,
-            "repetition_penalty": 1.2, "logit_bias": {"65": 400, "66": -3}, "stop": "zz", "stop_token_ids": [3],
-            "ignore_eos": True, "skip_special_tokens": False, "logprobs": 2, "user": "someone", "best_of": 1,
-            "response_format": {"type": "text"}, "stream": False,
+            "repetition_penalty": 1.2, "logit_bias": {"65": 400, "66": -3, "67": -(10**400)}, "stop": "zz",
+            "stop_token_ids": [3], "ignore_eos": True, "skip_special_tokens": False, "logprobs": 2, "user": "someone",
+            "best_of": 1, "response_format": {"type": "text"}, "stream": False,
         }
     )  # fmt: skip
 
@@ -174,7 +174,7 @@ def test_every_sampling_field_reaches_the_engine(server: LiveServer) -> None:
     assert (sampling.max_tokens, sampling.min_tokens, sampling.temperature) == (9, 2, 0.5)
     assert (sampling.top_p, sampling.top_k, sampling.min_p) == (0.9, 0, 0.1)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (1.0, -1.5, 1.2)
-    assert sampling.logit_bias == {65: 100.0, 66: -3.0}
+    assert sampling.logit_bias == {65: 100.0, 66: -3.0, 67: -100.0}
     assert (sampling.stop, sampling.stop_token_ids) == (("zz",), (3,))
     assert (sampling.ignore_eos, sampling.skip_special_tokens) == (True, False)
     assert (sampling.logprobs, sampling.prompt_logprobs) == (2, None)

@@ -199,6 +199,24 @@ def test_422_says_which_shape_was_found_and_which_is_needed(server: LiveServer) 
     assert "8" in message.replace("[4, 16]", "")
 
 
+def test_429_of_what_is_stored_is_not_to_be_tried_again(data_dir: Path) -> None:
+    with running_server(data_dir, default_max_prompts=1) as live:
+        assert live.upload("capital", 0.1).status_code == 201
+        answer = live.upload("capital", 0.2)
+
+    check(
+        answer,
+        429,
+        message="The tenant would have 2 prompt versions; its quota is 1. Waiting does not help: delete versions that "
+        "are not needed, or ask the operator for a larger quota.",
+        error_type="rate_limit_error",
+        code="storage_quota_exceeded",
+        param="max_prompts",
+        retry_after=30,
+        should_retry="false",
+    )
+
+
 def test_429_says_when_to_try_again(data_dir: Path) -> None:
     with running_server(data_dir, default_requests_per_minute=2) as live:
         assert [live.post(BARE | {"max_tokens": 1}).status_code for _ in range(2)] == [200, 200]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from prompt_store.store import PromptStore
 from server.api.context import choose_request_id
 from tests.unit.api.live_server import TIMEOUT_S, LiveServer, running_server
 
@@ -51,11 +52,48 @@ def test_no_such_route_is_an_error_body(server: LiveServer) -> None:
 
 def test_no_such_method_is_an_error_body_with_allow(server: LiveServer) -> None:
     with server.client() as client:
-        for method, path in (("GET", "/v1/completions"), ("DELETE", "/livez"), ("PUT", "/v1/tasks/capital")):
+        for method, path, allowed in (
+            ("GET", "/v1/completions", "POST"),
+            ("DELETE", "/livez", "GET, HEAD"),
+            ("OPTIONS", "/v1/models", "GET, HEAD"),
+            ("PUT", "/v1/tasks/capital", "DELETE, GET, HEAD, PATCH"),
+            ("PATCH", "/v1/tasks/capital/versions", "GET, HEAD, POST"),
+        ):
             response = client.request(method, path)
             assert response.status_code == 405
             assert response.json()["error"]["code"] == "method_not_allowed"
-            assert response.headers["allow"]
+            assert response.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/health", 200),
+        ("/v1/models", 200),
+        ("/v1/tasks/capital/versions/1/file", 200),
+        ("/v1/tasks/nobody", 404),
+        ("/v1/completions", 405),
+    ],
+)
+def test_head_is_answered_as_get_is_without_the_body(server: LiveServer, path: str, status: int) -> None:
+    with server.client() as client:
+        got, headed = client.get(path), client.head(path)
+        assert client.get("/livez").status_code == 200, "the connection serves on"
+
+    assert (headed.status_code, headed.content) == (status, b"")
+    assert got.status_code == status
+    for name in ("content-type", "content-length", "etag", "allow"):
+        assert headed.headers.get(name) == got.headers.get(name)
+
+
+def test_head_needs_a_key_where_get_does(data_dir: Path) -> None:
+    with PromptStore.open(data_dir) as store:
+        _, secret = store.create_key("acme", ["infer"])
+    with running_server(data_dir) as live, live.client() as client:
+        key = {"authorization": f"Bearer {secret}"}
+        assert client.head("/v1/models").status_code == 401
+        assert client.head("/v1/models", headers=key).status_code == 200
+        assert client.head("/v1/keys", headers=key).status_code == 403
 
 
 @pytest.fixture(scope="module")

@@ -113,3 +113,24 @@ def test_gated_version_is_inactive_until_its_gate_is_passed(ungated: tuple[LiveS
     seen = request(live, "GET", "/v1/tasks/gated/versions/2").json()
     assert (seen["state"], seen["gate"]["status"], seen["gate"]["score"]) == ("active", "passed", 1.0)
     assert ask(live, "gated", "r") == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "param"),
+    [
+        ("foxes", {"active_version": 9}, "active_version"),
+        ("foxes", {"active_version": 1, "canary": {"version": 9, "percent": 5}}, "canary.version"),
+        ("foxes", {"pinned": True, "canary": {"version": 9, "percent": 5}}, "canary.version"),
+        ("hares", {"active_version": 1}, "task"),
+        ("hares", {"pinned": True}, "task"),
+    ],
+)
+def test_change_to_a_version_that_is_not_there_names_the_field_that_asked_for_it(
+    server: LiveServer, task: str, change: dict[str, Any], param: str
+) -> None:
+    upload(server, "foxes", 0.1)
+
+    refused = request(server, "PATCH", f"/v1/tasks/{task}", json=change)
+
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (404, "model_not_found", param)

@@ -20,9 +20,10 @@ JSON = st.recursive(
 )
 
 
-@given(JSON)
-def test_sound_json_reads_as_pythons_own_reader_reads_it(value: object) -> None:
-    body = json.dumps(value).encode()
+@pytest.mark.parametrize("size", [0, MAX_INLINE_BYTES], ids=["short", "long"])
+@given(value=JSON)
+def test_sound_json_reads_as_pythons_own_reader_reads_it(size: int, value: object) -> None:
+    body = json.dumps(value).encode() + b" " * size
 
     assert parse_json(body) == json.loads(body)
 
@@ -41,6 +42,7 @@ def test_sound_json_reads_as_pythons_own_reader_reads_it(value: object) -> None:
         (b"", None),
         (b"[" * 100_000, None),
         (b"1" * 10_000, None),
+        (b"1" * 10_000 + b" " * MAX_INLINE_BYTES, None),
     ],
 )
 def test_what_is_not_one_value_is_refused_by_name(body: bytes, param: str | None) -> None:
@@ -70,3 +72,22 @@ def test_a_long_body_is_not_read_on_the_event_loop(
 
     assert answer.status_code == (400 if is_in_thread else 200)
     assert [name != "live-server" for name in threads] == [is_in_thread]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/chat/completions", {"model": "x", "messages": []}, "messages: has fewer than 1 items."),
+        ("/v1/classify", {"model": "x", "input": "x", "labels": ["a"]}, "labels: has fewer than 2 items."),
+        ("/v1/classify", {"model": "x", "input": "x", "labels": ["", "a"]}, "labels.0: has fewer than 1 characters."),
+        ("/v1/completions", {"prompt": "x", "stop_token_ids": [1] * 129}, "stop_token_ids: has more than 128 items."),
+        ("/v1/completions", {"prompt": "x", "user": "u" * 513}, "user: has more than 512 characters."),
+    ],
+)
+def test_bounds_of_lists_and_texts_are_told_in_words(
+    server: LiveServer, path: str, body: dict[str, object], message: str
+) -> None:
+    with server.client() as client:
+        response = client.post(path, json=body)
+
+    assert (response.status_code, response.json()["error"]["message"]) == (400, message)

@@ -125,8 +125,9 @@ def test_stored_prompts_are_held_to_the_quota_and_listed_with_it(tenants: Tenant
     assert tenants.live.upload("one", 0.1, key=tenants.acme).status_code == 201
     assert tenants.live.upload("one", 0.1, key=tenants.acme).status_code == 200, "the same again is nothing more"
     refused = tenants.live.upload("two", 0.2, key=tenants.acme)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_exceeded")
-    assert 1 <= int(refused.headers["retry-after"]) <= 30
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "storage_quota_exceeded")
+    assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("30", "false")
+    assert "delete versions" in refused.json()["error"]["message"]
     usage = tenants.quota()["usage"]
     assert (usage["prompts"], usage["virtual_tokens"]) == (1, 4)
     assert usage["prompt_bytes"] > 0

@@ -1,15 +1,17 @@
 """`/tokenize`, `/detokenize` and `/tokenizer_info`, in the shapes that vLLM's clients read."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from server.api.tokenize import DetokenizeResponse, TokenizeResponse
+from server.api.tokenize import MAX_TOKENIZE_CHARS, DetokenizeResponse, TokenizeResponse
 from server.runtime.tokens import TokenCodec
 from tests.byte_tokenizer import BOS_ID, CHAT_TEMPLATE, EOS_ID, VOCAB_SIZE
-from tests.unit.api.live_server import LiveServer
+from tests.fakes import EchoServerParts
+from tests.unit.api.live_server import LiveServer, running_server
 
 
 def post(server: LiveServer, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -98,7 +100,18 @@ def test_long_texts_are_handled_off_the_loop(server: LiveServer, monkeypatch: py
     assert all(name.startswith("promptmux-tokenizer") for name in names)
 
 
+def test_text_of_the_largest_size_is_tokenised_and_a_longer_context_takes_more(
+    server: LiveServer, tmp_path: Path
+) -> None:
+    assert post(server, "/tokenize", {"prompt": "x" * MAX_TOKENIZE_CHARS}).json()["count"] == MAX_TOKENIZE_CHARS + 1
+    with running_server(tmp_path / "data", parts=EchoServerParts(max_model_len=40_000)) as roomy:
+        assert post(roomy, "/tokenize", {"prompt": "x" * 320_000}).status_code == 200
+        assert post(roomy, "/tokenize", {"prompt": "x" * 320_001}).json()["error"]["param"] == "prompt"
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("/tokenize", {"prompt": "x" * (MAX_TOKENIZE_CHARS + 1)}, "prompt"),
+    ("/tokenize", {"messages": [{"role": "user", "content": "x" * MAX_TOKENIZE_CHARS}]}, "messages"),
     ("/tokenize", {}, "prompt"),
     ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
     ("/tokenize", {"prompt": ["x"]}, "prompt"),

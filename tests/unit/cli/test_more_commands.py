@@ -72,6 +72,29 @@ def test_what_is_no_canary_is_wrong_usage(two_versions: LiveServer, arguments: t
     assert task(two_versions)["canary"] is None
 
 
+def test_a_full_quota_of_what_is_stored_is_not_advised_to_wait(two_versions: LiveServer, tmp_path: Path) -> None:
+    assert call(two_versions, "quota", "set", "default", "--max-prompts", "2").exit_code == ExitCode.OK
+
+    refused = call(two_versions, "push", "capitals", str(prompt_folder(tmp_path, 0.9)))
+
+    assert refused.exit_code == ExitCode.REFUSED
+    assert "its quota is 2" in refused.stderr
+    assert "try: waiting does not help" in refused.stderr
+
+
+def test_a_damaged_file_is_not_advised_to_wait_for(two_versions: LiveServer, tmp_path: Path) -> None:
+    digest = json.loads(call(two_versions, "show", "capitals", "--json").stdout)["versions"][0]["digest"]
+    blob = next(path for path in (tmp_path / "data").rglob(f"{digest}*") if path.is_file())
+    blob.chmod(0o600)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\xff")
+
+    failed = call(two_versions, "pull", "capitals", str(tmp_path / "pulled"))
+
+    assert failed.exit_code == ExitCode.FAILED
+    assert "HTTP 503" in failed.stderr
+    assert "try: waiting does not help: the stored file is damaged" in failed.stderr
+
+
 def test_pin_and_unpin(two_versions: LiveServer) -> None:
     assert call(two_versions, "pin", "capitals").exit_code == ExitCode.OK
     assert task(two_versions)["pinned"] is True
@@ -316,7 +339,7 @@ def test_reload_without_a_change_says_so(live: LiveServer) -> None:
 
 
 def test_every_command_that_talks_to_a_server_takes_its_address_and_a_key() -> None:
-    local = {"serve", "config", "backbone", "version", "completion"}
+    local = {"serve", "config", "migrate", "backbone", "version", "completion"}
     for name in sorted({command.callback.__name__ for command in app.registered_commands if command.callback} - local):
         shown = CliRunner().invoke(app, [name, "--help"]).output
         assert "--url" in shown, name

@@ -184,6 +184,7 @@ def test_key_comes_from_the_flag_or_the_environment(task_server: TaskServer, mon
         (401, ExitCode.DENIED),
         (403, ExitCode.DENIED),
         (404, ExitCode.NOT_FOUND),
+        (408, ExitCode.BUSY),
         (409, ExitCode.CONFLICT),
         (413, ExitCode.REFUSED),
         (415, ExitCode.REFUSED),

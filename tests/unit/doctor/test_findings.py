@@ -18,7 +18,7 @@ from prompt_store.folder import CATALOG_FILE
 from prompt_store.store import PromptStore
 from server.cli import app
 from server.cli.output import ExitCode
-from server.doctor import backbone, machine, packages, storage
+from server.doctor import backbone, compiler, machine, packages, storage
 from server.doctor.findings import Finding, look, size_text
 from server.engine import threads
 from server.engine.kernels import native
@@ -83,12 +83,60 @@ def test_a_missing_compiler_is_slow_unless_kernels_are_built(tmp_path: Path, mon
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setattr(native, "BUILT_AHEAD", tmp_path / "none")
     chosen = settings(tmp_path)
-    assert one(machine.check_compiler(chosen)).status == "slow"
+    assert one(compiler.check_compiler(chosen)).status == "slow"
 
     library = native.library_path(chosen.cache_dir / "native", native.usable_levels()[0])
     library.parent.mkdir(parents=True)
     library.write_bytes(b"x")
-    assert one(machine.check_compiler(chosen)).status == "ok"
+    assert one(compiler.check_compiler(chosen)).status == "ok"
+
+
+def test_a_compiler_that_works_is_ok(tmp_path: Path) -> None:
+    found = one(compiler.check_compiler(settings(tmp_path)))
+
+    assert (found.status, found.advice) == ("ok", None), found.detail
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo 'try.cpp:2: fatal error: omp.h: No such file or directory' >&2; exit 1", "omp.h: No such file"),
+        ("exit 3", "ended with 3"),
+        ("exit 0", "ended with 0"),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, told: str, is_built: bool
+) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text(f"#!/bin/sh\n{script}\n")
+    broken.chmod(0o700)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setattr(native, "BUILT_AHEAD", tmp_path / "none")
+    chosen = settings(tmp_path)
+    if is_built:
+        library = native.library_path(chosen.cache_dir / "native", native.usable_levels()[0])
+        library.parent.mkdir(parents=True)
+        library.write_bytes(b"x")
+
+    found = one(compiler.check_compiler(chosen))
+
+    assert found.status == "slow"
+    assert told in found.detail
+    assert "g++" in (found.advice or "")
+    assert ("steps are not compiled" in (found.advice or "")) == is_built
+
+
+def test_a_compiler_that_hangs_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = tmp_path / "c++"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o700)
+    monkeypatch.setenv("CXX", str(hanging))
+    monkeypatch.setattr(compiler, "_TIMEOUT_S", 0.1)
+
+    assert "did not end" in one(compiler.check_compiler(settings(tmp_path))).detail
 
 
 def test_a_device_that_is_not_there_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +193,29 @@ def test_a_store_that_is_not_there_yet_is_not_made(tmp_path: Path) -> None:
 def test_a_store_of_this_release_is_ok_also_while_it_is_served(tmp_path: Path) -> None:
     with PromptStore.open(tmp_path / "data"):
         assert one(storage.check_store(settings(tmp_path))).detail == f"revision {migrate.HEAD}"
+
+
+def test_a_data_folder_that_another_server_has_is_wrong_and_names_it(tmp_path: Path) -> None:
+    chosen = settings(tmp_path)
+    assert one(storage.check_holder(chosen)).status == "ok", "there is none yet"
+    with PromptStore.open(chosen.data_dir):
+        found = one(storage.check_holder(chosen))
+        with PromptStore.open(chosen.data_dir, exclusive=False):
+            pass
+
+    assert found.status == "wrong"
+    assert f"process {os.getpid()}" in found.detail
+    assert "--data-dir" in (found.advice or "")
+    assert one(storage.check_holder(chosen)).status == "ok", "it is given back"
+
+
+def test_a_look_at_the_lock_does_not_take_it(tmp_path: Path) -> None:
+    chosen = settings(tmp_path)
+    with PromptStore.open(chosen.data_dir):
+        pass
+    assert one(storage.check_holder(chosen)).status == "ok"
+    with PromptStore.open(chosen.data_dir):
+        assert one(storage.check_holder(chosen)).status == "wrong"
 
 
 def set_revision(tmp_path: Path, revision: str) -> None:
@@ -300,6 +371,41 @@ def test_the_command_lists_what_it_looked_at_and_changes_nothing(tmp_path: Path,
     assert {"torch", "device", "threads", "backbone", "memory", "store", "fsync", "clock"} <= names
     assert "0 wrong" in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes | None]]:
+    """Each file's and folder's mode, time of change and bytes; but for the memory in which those who have the database
+    open say what they read.
+    """
+    found = {}
+    for path in sorted((folder, *folder.rglob("*"))):
+        if path.name.endswith("-shm"):
+            continue
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() else None
+        found[str(path.relative_to(folder))] = (status.st_mode, status.st_mtime_ns, content)
+    return found
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+def test_the_command_leaves_every_byte_and_time_of_the_store_as_it_was(
+    tmp_path: Path, tiny: Path, is_served: bool
+) -> None:
+    data_dir = tmp_path / "data"
+    with contextlib.ExitStack() as stack:
+        store = PromptStore.open(data_dir)
+        stack.callback(store.close)
+        store.create_key("default", ["infer"])
+        if not is_served:
+            store.close()
+        before = snapshot(data_dir)
+        code, stdout, _ = call(tmp_path, str(tiny), "--host", "0.0.0.0")
+        after = snapshot(data_dir)
+
+    assert ("wrong" in stdout, code) == ((True, ExitCode.FAILED) if is_served else (False, ExitCode.OK)), stdout
+    assert after == before
+    if not is_served:
+        assert not list(data_dir.glob("*-shm"))
 
 
 def test_the_command_fails_when_something_is_wrong(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Rows, and pages of a small ledger for them, as the scheduler's tests need them: no model, no tokens of meaning."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from server.engine.pages import PAGE_SIZE, PageLedger
+from server.engine.places import Admission
 from server.engine.request import RowRequest, SamplingParams
 from server.engine.row import Row, RowState
 from server.engine.row_pages import RowPages
-from server.engine.scheduler import Admission, ScheduledRow, Scheduler
+from server.engine.scheduler import ScheduledRow, Scheduler
 from server.engine.text import TextStream
 
 
@@ -98,6 +99,7 @@ def make_scheduler(
     is_deterministic: bool = False,
     has_express_steps: bool = True,
     quantum: int = 1,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> Scheduler:
     return Scheduler(
         max_rows=max_rows,
@@ -110,6 +112,7 @@ def make_scheduler(
         is_deterministic=is_deterministic,
         has_express_steps=has_express_steps,
         quantum=quantum,
+        clock=clock,
     )
 
 

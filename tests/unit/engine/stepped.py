@@ -79,7 +79,7 @@ class SteppedEngine:
 
     def finish(self) -> None:
         """Turns until every row has ended."""
-        self.turns_until(lambda: all(outputs and outputs[-1].is_last for outputs in self.outputs.values()))
+        self.turns_until(lambda: all(self.has_ended(row_id) for row_id in self.outputs))
 
     def run(self, *requests: RowRequest) -> RowOutput:
         """Submit, finish, and give the first row's outputs put together."""
@@ -89,6 +89,10 @@ class SteppedEngine:
 
     def tokens(self, row_id: str) -> tuple[int, ...]:
         return tuple(token for output in self.outputs[row_id] for token in output.token_ids)
+
+    def has_ended(self, row_id: str) -> bool:
+        outputs = self.outputs[row_id]
+        return bool(outputs) and outputs[-1].is_last
 
     def result(self, row_id: str) -> RowOutput:
         """All outputs of the row as if they had come at once."""

@@ -26,6 +26,7 @@ from server.engine.kernels.native import NativeUnavailableError, load_native, na
 from server.engine.kv import KvPool
 from server.engine.linear import prepare_linears
 from server.engine.plan import PlanEntry, build_plan
+from server.engine.trial import NUM_STEPS
 from tests.factories import VOCAB_SIZE, save_tiny_backbone
 
 DTYPE = torch.float32
@@ -167,12 +168,12 @@ def test_the_first_steps_of_a_size_are_answered_eagerly_and_then_the_faster_way_
     pool = backbone.pool()
     rows = entries(pool, [6])
     expected = backbone.step(None, pool, rows)
-    for _ in range(4):
+    for _ in range(NUM_STEPS):
         assert torch.equal(backbone.step(ready, pool, rows), expected)
     assert set(ready._trials) == {4}
     assert ready._trials[4].is_over
     for is_faster in (True, False):
-        ready._trials[4].compiled_s[:] = [0.0 if is_faster else 1e9]
+        ready._trials[4].compiled_s[:] = [0.0 if is_faster else 1e9] * NUM_STEPS
         assert ready.faster_sizes == ([4] if is_faster else [])
         calls: list[int] = []
         step: Any = ready._step
@@ -349,7 +350,7 @@ def test_a_size_on_trial_is_not_settled_until_it_was_tried_often_enough(
     pool = backbone.pool()
     rows = entries(pool, [6])
     assert ready.is_settled
-    for is_settled in (False, False, False, True):
+    for is_settled in [False] * (NUM_STEPS - 1) + [True]:
         backbone.step(ready, pool, rows)
         assert ready.is_settled is is_settled
 
@@ -366,7 +367,7 @@ def test_a_row_of_nan_neither_ends_nor_hides_a_trial(
     for _ in range(4):
         backbone.step(ready, pool, [spoiled])
     assert not ready._trials[4].differences
-    for _ in range(4):
+    for _ in range(NUM_STEPS):
         backbone.step(ready, pool, both)
     assert ready._trials[8].is_over
     assert ready.state == "trial", ready.reason

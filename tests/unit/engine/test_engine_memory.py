@@ -78,7 +78,7 @@ def test_row_that_gives_way_between_two_chunks_scores_its_prompt_once(llama: Bac
         stepped.turn()
     (row,) = stepped.engine._scheduler.running
     assert row.pending_prompt_logprobs, "nothing has been scored before it gives way"
-    stepped.engine._scheduler._send_back(row)
+    stepped.engine._scheduler._places.send_back(row)
     stepped.finish()
     found = stepped.result("row").prompt_logprobs
     assert found is not None

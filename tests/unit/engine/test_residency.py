@@ -120,7 +120,7 @@ def test_plan_that_fails_its_check_compiles_nothing_and_gives_the_pages_back(
 
     bench = Bench(llama)
     ref = bench.add("a", k=20)
-    monkeypatch.setattr("server.engine.residency.build_plan", build_wrong_plan)
+    monkeypatch.setattr("server.engine.prefix_maker.build_plan", build_wrong_plan)
     with pytest.raises(IsolationError, match="it would write into another row's page"):
         bench.residency.compile(ref, make_prompt(llama, ref, seed=0))
     bench.assert_nothing_is_left()

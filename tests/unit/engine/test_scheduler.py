@@ -20,7 +20,7 @@ TENANTS = ("a", "b", "c")
 
 
 def test_tenants_are_admitted_in_turn_whoever_has_more_rows() -> None:
-    scheduler = make_scheduler(Memory())
+    scheduler = make_scheduler(Memory(), has_express_steps=False)
     for serial, tenant in enumerate("aaaaabb", start=1):
         scheduler.add(make_row(serial, tenant=tenant))
     assert [item.row.request.tenant for item in scheduler.schedule()] == ["a", "b", "a", "b", "a", "a", "a"]
@@ -28,7 +28,7 @@ def test_tenants_are_admitted_in_turn_whoever_has_more_rows() -> None:
 
 def test_turn_goes_on_where_the_last_step_left_it() -> None:
     memory = Memory()
-    scheduler = make_scheduler(memory, max_rows=1)
+    scheduler = make_scheduler(memory, max_rows=1, has_express_steps=False)
     for serial, tenant in enumerate("aaabbc", start=1):
         scheduler.add(make_row(serial, tenant=tenant))
     order = []

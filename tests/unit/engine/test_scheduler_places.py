@@ -79,24 +79,6 @@ def test_nobody_gives_way_for_a_row_whose_prefix_is_not_ready() -> None:
     assert memory.preempted == []
 
 
-def test_steps_are_kept_short_for_a_while_after_an_express_step() -> None:
-    memory = Memory()
-    scheduler = make_scheduler(memory, max_rows=8, max_step_tokens=400, prefill_chunk=100)
-    for serial in range(1, 40):
-        scheduler.add(make_row(serial, tenant="flood", num_tokens=90))
-    take(scheduler.schedule())
-    take(scheduler.schedule())
-    scheduler.add(make_row(50, tenant="calm", num_new=1))
-    scheduled = scheduler.schedule()
-    assert serials(scheduled) == [50]
-    take(scheduled)
-    end(scheduler, memory, scheduled[0].row)
-    for _ in range(20):
-        scheduled = scheduler.schedule()
-        assert sum(item.num_tokens for item in scheduled) <= 8 + 20
-        take(scheduled)
-
-
 def test_rows_that_came_in_vain_push_nobody_out_a_second_time() -> None:
     """Its tenant is far behind, so those that gave way come back before it; and it finds no room then either."""
     memory = Memory(num_pages=40)

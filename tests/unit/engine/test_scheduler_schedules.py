@@ -1,5 +1,6 @@
 """Who runs next, and with how many tokens: random schedules over a ledger of few pages."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -7,8 +8,9 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from server.engine.places import Admission
 from server.engine.row import Row, RowState
-from server.engine.scheduler import Admission, ScheduledRow, Scheduler
+from server.engine.scheduler import ScheduledRow, Scheduler, StepForm
 from tests.unit.engine.scheduling import Memory, end, is_finished, make_row, make_scheduler
 
 TENANTS = ("a", "b", "c")
@@ -103,6 +105,7 @@ class Schedule(RuleBasedStateMachine):
         is_hasty=st.booleans(),
         has_express_steps=st.booleans(),
         overlaps=st.booleans(),
+        per_row_s=st.sampled_from([None, 0.0, 0.2, 1.0, 5.0]),
     )
     def start(
         self,
@@ -114,7 +117,11 @@ class Schedule(RuleBasedStateMachine):
         is_hasty: bool,
         has_express_steps: bool,
         overlaps: bool,
+        per_row_s: float | None,
     ) -> None:
+        """A step is said to take a second, and so much more for each row and each token; or nothing is said."""
+        self.per_row_s, self.now_s = per_row_s, 0.0
+        self.num_left_out: Counter[int] = Counter()
         self.has_express_steps, self.overlaps = has_express_steps, overlaps
         self.max_rows, self.chunk, self.max_cold = max_rows, chunk, max_cold
         self.budget = max(max_rows, chunk if self.is_deterministic else 1) + spare
@@ -127,6 +134,7 @@ class Schedule(RuleBasedStateMachine):
             max_cold_prompts=max_cold,
             is_deterministic=self.is_deterministic,
             has_express_steps=has_express_steps,
+            clock=lambda: self.now_s,
         )
         self.memory.scheduler = self.scheduler
         self.rows: dict[int, Row] = {}
@@ -193,9 +201,15 @@ class Schedule(RuleBasedStateMachine):
         else:
             self.check_running(kept, scheduled, small)
         tenants = {row.request.tenant for row in (*running, *order)}
-        self.check_admitted(order, kept, tokens_of, is_plain=not entitled or entitled == tenants)
+        tries_express = self.has_express_steps and not self.is_deterministic and bool(small) and small != tenants
+        is_plain = (not entitled or entitled == tenants) and not tries_express
+        self.check_admitted(order, kept, tokens_of, is_plain=is_plain)
+        if self.scheduler.form is StepForm.LIMITED:
+            self.check_turns(kept, tokens_of, small)
         self.recent = {row.request.tenant for row in self.scheduler.running}
         self.memory.has_run |= tokens_of.keys()
+        self.num_left_out = Counter({s: n for s, n in self.num_left_out.items() if s not in tokens_of})
+        self.tell_how_long_it_took(len(tokens_of), sum(tokens_of.values()))
         self.launch(scheduled)
         for row in [row for row in self.rows.values() if is_finished(row)]:
             end(self.scheduler, self.memory, self.rows.pop(row.serial))
@@ -212,8 +226,8 @@ class Schedule(RuleBasedStateMachine):
             assert row in running or serial in self.memory.asked, "a row gave way that did not run"
             assert (row.state, row.pages, row.num_computed) == (RowState.WAITING, None, 0)
             assert serial not in tokens_of
-        if running:
-            assert min(row.serial for row in running) not in preempted
+        if running:  # an older one may have been given a place first: then that one is spared
+            assert min(*tokens_of, *(row.serial for row in running), math.inf) not in preempted
 
     def small_and_entitled(self, running: list[Row], order: list[Row]) -> tuple[set[str], set[str]]:
         """The tenants with no more than their share, and those who may have a place before it is their turn."""
@@ -234,7 +248,8 @@ class Schedule(RuleBasedStateMachine):
     def check_running(self, kept: list[Row], scheduled: list[ScheduledRow], small: set[str]) -> None:
         """Rows that decode take part in every step, and so does the oldest: it gets on whatever happens.
 
-        But for express steps: those are of small tenants' rows alone, for a first token, and never two in a row.
+        But for express steps: those are of small tenants' rows alone, for a first token, and never two in a row; and
+        for steps that are kept short: from those large tenants' rows are left out, but the oldest is not.
         """
         taken = {item.row for item in scheduled}
         oldest = min(kept, key=lambda row: row.serial, default=None)
@@ -243,14 +258,34 @@ class Schedule(RuleBasedStateMachine):
             for row in kept
             if row not in taken and (row.num_uncomputed == 1 or (row is oldest and row.num_uncomputed))
         ]
+        if self.scheduler.form is StepForm.LIMITED:
+            assert not {row for row in left_out if row is oldest or row.request.tenant in small}
+            left_out = []
         if left_out:
             assert self.has_express_steps
             assert not self.was_express
             assert {row.request.tenant for row in taken} <= small
             assert any(item.row.num_computed < item.row.num_prompt_tokens for item in scheduled)
-            if len(self.memory.preempted) == 0 and self.memory.ledger.num_free:
+            is_full = sum(item.num_tokens for item in scheduled) == self.budget
+            if len(self.memory.preempted) == 0 and self.memory.ledger.num_free and not is_full:
                 assert not small & {row.request.tenant for row in left_out}
         self.was_express = bool(left_out)
+
+    def check_turns(self, kept: list[Row], tokens_of: dict[int, int], small: set[str]) -> None:
+        """A step that is kept short leaves nobody out for longer than the others' turns last."""
+        assert self.has_express_steps
+        assert not self.is_deterministic
+        for row in kept:
+            if row.num_uncomputed and row.serial not in tokens_of:
+                assert row.request.tenant not in small or row.num_uncomputed > 1
+                self.num_left_out[row.serial] += 1
+                assert self.num_left_out[row.serial] < self.max_rows
+
+    def tell_how_long_it_took(self, num_rows: int, num_tokens: int) -> None:
+        seconds = 1.0 + (self.per_row_s or 0.0) * num_tokens
+        self.now_s += seconds
+        if num_rows and self.per_row_s is not None:
+            self.scheduler.step_times.add(num_rows, num_tokens, seconds)
 
     def check_shapes(self, scheduled: list[ScheduledRow]) -> None:
         """A step is one chunk of one row or one token each of all that are past their client's tokens.

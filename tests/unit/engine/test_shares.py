@@ -35,6 +35,20 @@ def test_small_tenants_and_those_of_which_nothing_runs_are_entitled_to_a_place(
     assert shares.entitled == set(entitled)
 
 
+@pytest.mark.parametrize(
+    ("running", "waiting", "calm"),
+    [
+        ("a", "", "a"),
+        ("aaaaa", "", ""),  # it has all places to itself, and were large beside another
+        ("aaaa", "", "a"),
+        ("aab", "aaaaaaa", "b"),
+        ("aabbb", "c", "ac"),
+    ],
+)
+def test_calm_tenants_are_those_that_are_small_beside_another(running: str, waiting: str, calm: str) -> None:
+    assert make_shares(running, waiting, max_rows=8).calm == set(calm)
+
+
 def test_largest_tenant_gives_up_places_until_it_has_no_more_than_the_other() -> None:
     shares = make_shares("aaaacc", "aacccb", max_rows=6, recent="ac")
     given = []

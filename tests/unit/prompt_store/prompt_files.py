@@ -2,13 +2,15 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sqlalchemy import delete, select, update
 
 from prompt_store.manifest import BackboneShape, PromptVersion
+from prompt_store.shared_models import BlobRow
 from prompt_store.store import PromptStore
 
 HIDDEN, LAYERS, KV_HEADS, HEAD_DIM, K = 8, 3, 2, 4, 20
@@ -86,10 +88,29 @@ def put(store: PromptStore, seed: int, task: str = "task", tenant: str = "acme",
 
 
 def blob_path(store: PromptStore, digest: str) -> Path:
+    assert store.root is not None
     return store.root / "blobs" / digest[:2] / digest
 
 
-def flip_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+def flip_bit(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def tamper(store: PromptStore, digest: str, change: Callable[[bytes], bytes | None]) -> None:
+    """Change a blob's bytes behind the store's back; None takes it away."""
+    if store.root is not None:
+        path = blob_path(store, digest)
+        changed = change(path.read_bytes())
+        path.unlink() if changed is None else path.write_bytes(changed)
+        return
+    with store._database.engine.begin() as connection:
+        held = connection.scalars(select(BlobRow.data).where(BlobRow.digest == digest)).one()
+        changed = change(held)
+        if changed is None:
+            connection.execute(delete(BlobRow).where(BlobRow.digest == digest))
+        else:
+            connection.execute(update(BlobRow).where(BlobRow.digest == digest).values(data=changed))
+
+
+def num_blobs(store: PromptStore) -> int:
+    return len(list(store._blobs.digests()))

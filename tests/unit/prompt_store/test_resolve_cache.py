@@ -1,4 +1,5 @@
 from datetime import UTC, datetime
+from typing import Any
 
 from prompt_store.errors import StorageFailed
 from prompt_store.manifest import PromptVersion, Provenance
@@ -54,8 +55,8 @@ class World:
         return self.token
 
 
-def make_cache(world: World, max_entries: int = 10) -> ResolveCache:
-    cache = ResolveCache(world.change_token, clock=lambda: world.now, max_entries=max_entries)
+def make_cache(world: World, max_entries: int = 10, **options: Any) -> ResolveCache:
+    cache = ResolveCache(world.change_token, clock=lambda: world.now, max_entries=max_entries, **options)
     world.num_polls = 0
     return cache
 
@@ -152,3 +153,27 @@ def test_a_peek_never_looks_for_foreign_changes_and_answers_nothing_when_it_is_t
     assert world.num_polls == 1
     cache.put(KEY, second, cache.generation)
     assert cache.peek(KEY) is second
+
+
+def test_change_of_a_task_makes_that_name_be_forgotten_for_all_tenants_and_versions() -> None:
+    cache = make_cache(World())
+    keys = [("t", "task"), ("other", "task"), ("t", "task@7"), ("t", "task-2"), ("t", "other")]
+    for key in keys:
+        cache.put(key, make_resolved(1), cache.generation)
+    generation = cache.generation
+    cache.forget({"task"})
+    assert [key for key in keys if cache.get(key) is not None] == [("t", "task-2"), ("t", "other")]
+    cache.put(KEY, make_resolved(1), generation)
+    assert cache.get(KEY) is None, "it was read before the change"
+    cache.put(KEY, make_resolved(2), cache.generation)
+    cache.forget({"task"})
+    assert cache.num_entries == 2
+
+
+def test_nothing_is_told_that_may_not_be_believed() -> None:
+    believable = True
+    cache = make_cache(World(), is_believable=lambda: believable)
+    cache.put(KEY, make_resolved(1), cache.generation)
+    assert cache.get(KEY) is cache.peek(KEY) is not None
+    believable = False
+    assert cache.get(KEY) is cache.peek(KEY) is None

@@ -15,7 +15,7 @@ from prompt_store.errors import (
 from prompt_store.manifest import Canary, GateStatus, PromptVersion
 from prompt_store.probes import Probe
 from prompt_store.store import PromptStore
-from tests.unit.prompt_store.prompt_files import BACKBONE, CONFIG, blob_path, flip_bit, make_config, make_file, put
+from tests.unit.prompt_store.prompt_files import BACKBONE, CONFIG, flip_bit, make_config, make_file, put, tamper
 
 PROBES = b'{"prompt": "x", "completion": "y"}\n\n{"completion": "b", "prompt": "a"}'
 
@@ -118,7 +118,7 @@ def test_canary_ends_when_its_version_is_rolled_out_or_gone(canary: PromptStore,
         put(canary, 1)
     elif how == "quarantine":
         first = canary.get_version("acme", "task", 1)
-        flip_bit(blob_path(canary, first.digest))
+        tamper(canary, first.digest, flip_bit)
         with pytest.raises(PromptCorrupt):
             canary.load(first)
     else:
@@ -290,7 +290,7 @@ def test_probes_are_kept_with_the_version_and_go_with_the_last_that_has_them(sto
     store.delete_version("acme", "task", 3)
     assert len(store.read_probes(first)) == 2
     store.delete_version("acme", "task", 2)
-    assert not blob_path(store, first.probes_digest).exists()
+    assert not store._blobs.exists(first.probes_digest)
     store.check_invariants()
 
 
@@ -307,7 +307,7 @@ def test_other_probes_for_the_same_file_replace_those_that_no_gate_was_measured_
 def test_damaged_probes_quarantine_their_version(store: PromptStore) -> None:
     version = put(store, 1, probes=PROBES)
     assert version.probes_digest is not None
-    flip_bit(blob_path(store, version.probes_digest))
+    tamper(store, version.probes_digest, flip_bit)
     with pytest.raises(PromptCorrupt):
         store.read_probes(version)
     assert store.get_version("acme", "task", 1).state == "quarantined"

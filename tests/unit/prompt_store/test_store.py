@@ -3,11 +3,10 @@
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, func, select
 
 from prompt_store.errors import (
     PromptCorrupt,
@@ -15,15 +14,18 @@ from prompt_store.errors import (
     VersionActive,
     VersionConflict,
 )
+from prompt_store.location import Location
+from prompt_store.models import VersionRow
 from prompt_store.store import PromptStore
 from tests.unit.prompt_store.prompt_files import (
     BACKBONE,
     CONFIG,
-    blob_path,
     flip_bit,
     make_file,
+    num_blobs,
     put,
     random_embeddings,
+    tamper,
 )
 
 
@@ -43,11 +45,11 @@ def test_upload_is_found_again_with_its_bytes_and_numbers(store: PromptStore) ->
     store.check_invariants()
 
 
-def test_reopened_store_has_everything(root: Path) -> None:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
+def test_reopened_store_has_everything(location: Location) -> None:
+    with PromptStore.open(location, backbone=BACKBONE) as store:
         first, second = put(store, 1), put(store, 2, activate=False)
         key, secret = store.create_key("acme", {"infer"}, "laptop")
-    with PromptStore.open(root, backbone=BACKBONE) as store:
+    with PromptStore.open(location, backbone=BACKBONE) as store:
         assert store.resolve("acme", "task") == first
         assert store.get_version("acme", "task", 2) == second
         assert store.verify_key(secret) == key
@@ -183,7 +185,7 @@ def test_rollback_goes_back_one_activation_a_call(store: PromptStore) -> None:
 def test_rollback_passes_over_deleted_and_quarantined_versions(store: PromptStore) -> None:
     versions = [put(store, seed) for seed in (1, 2, 3, 4)]
     store.delete_version("acme", "task", 3)
-    flip_bit(blob_path(store, versions[1].digest))
+    tamper(store, versions[1].digest, flip_bit)
     with pytest.raises(PromptCorrupt):
         store.load(versions[1])
     assert store.rollback("acme", "task").active_version == 1
@@ -204,7 +206,7 @@ def test_deleted_version_is_gone_and_its_number_is_not_used_again(store: PromptS
         store.get_version("acme", "task", 2)
     with pytest.raises(TaskNotFound):
         store.load(second)
-    assert not blob_path(store, second.digest).exists()
+    assert not store._blobs.exists(second.digest)
     assert put(store, 2).version == 3
     store.check_invariants()
 
@@ -213,11 +215,11 @@ def test_blob_stays_while_another_task_refers_to_it(store: PromptStore) -> None:
     version = put(store, 1)
     put(store, 1, tenant="other")
     store.delete_task("acme", "task")
-    assert blob_path(store, version.digest).exists()
+    assert store._blobs.exists(version.digest)
     store.load(store.resolve("other", "task"))
     store.delete_task("other", "task")
     store.check_invariants()
-    assert not list(store.root.glob("blobs/*/*"))
+    assert num_blobs(store) == 0
 
 
 def test_deleted_name_stays_retired_in_its_tenant_alone(store: PromptStore) -> None:
@@ -261,30 +263,30 @@ def test_lists_are_paged_and_keep_to_their_tenant(store: PromptStore) -> None:
 def test_flipped_bit_is_refused_quarantined_and_repaired_by_uploading_again(store: PromptStore) -> None:
     put(store, 2)
     version = put(store, 1)
-    flip_bit(blob_path(store, version.digest))
+    tamper(store, version.digest, flip_bit)
     with pytest.raises(PromptCorrupt, match="digest"):
         store.load(version)
     assert store.resolve("acme", "task").state == "quarantined"
-    blob_path(store, version.digest).write_bytes(make_file(seed=1))
+    tamper(store, version.digest, lambda _: make_file(seed=1))
     for refused in (store.load, store.read_file, store.read_config):
         with pytest.raises(PromptCorrupt, match="quarantined"):
             refused(version)
     store.rollback("acme", "task")
     with pytest.raises(PromptCorrupt):
         store.update_task("acme", "task", active_version=version.version)
-    flip_bit(blob_path(store, version.digest))
+    tamper(store, version.digest, flip_bit)
     repaired, created = store.upload("acme", "task", file=make_file(seed=1), config=CONFIG)
     assert (repaired.version, repaired.state, created) == (version.version, "active", False)
     np.testing.assert_array_equal(store.load(repaired).values, random_embeddings(1))
     store.check_invariants()
 
 
-@pytest.mark.parametrize("damage", [flip_bit, Path.unlink, lambda path: path.write_bytes(b"")])
-def test_damaged_config_is_refused_too(store: PromptStore, damage: Callable[[Path], object]) -> None:
+@pytest.mark.parametrize("damage", [flip_bit, lambda _: None, lambda _: b""])
+def test_damaged_config_is_refused_too(store: PromptStore, damage: Callable[[bytes], bytes | None]) -> None:
     version = put(store, 1)
-    for path in store.root.glob("blobs/*/*"):
-        if path.name != version.digest:
-            damage(path)
+    for digest in list(store._blobs.digests()):
+        if digest != version.digest:
+            tamper(store, digest, damage)
     with pytest.raises(PromptCorrupt):
         store.load(version)
     assert store.get_version("acme", "task", 1).state == "quarantined"
@@ -330,7 +332,8 @@ def test_prefix_key_is_a_tenants_as_long_as_one_of_its_versions_has_it(store: Pr
     assert store.has_prefix("other", key)
 
 
-def test_what_is_asked_after_each_upload_walks_through_no_table(store: PromptStore) -> None:
+def test_what_is_asked_after_each_upload_walks_through_no_table(folder_store: PromptStore) -> None:
+    store = folder_store
     asked: list[tuple[str, tuple[object, ...]]] = []
     event.listen(
         store._database.engine, "before_cursor_execute", lambda *arguments: asked.append((arguments[2], arguments[3]))
@@ -349,3 +352,13 @@ def test_what_is_asked_after_each_upload_walks_through_no_table(store: PromptSto
             plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)]
             # SQLite counts the rows of an index page by page.
             assert all("SCAN" not in step or "COVERING INDEX" in step for step in plan), plan
+
+
+def test_reads_of_one_session_are_of_one_moment(store: PromptStore) -> None:
+    put(store, 1)
+    count = select(func.count()).select_from(VersionRow)
+    with store._database.reading() as session:
+        assert session.scalar(count) == 1
+        put(store, 2)
+        assert session.scalar(count) == 1
+    assert store.num_versions() == 2

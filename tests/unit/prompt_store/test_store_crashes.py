@@ -1,5 +1,6 @@
 """SIGKILL at every failpoint of a process: what was acknowledged is there, the rest is wholly old or new."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -9,9 +10,11 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
 
 from prompt_store import failpoints
 from prompt_store.errors import TaskNotFound
+from prompt_store.location import Location
 from prompt_store.store import PromptStore
 from tests.unit.prompt_store.prompt_files import BACKBONE, make_config, make_file
 
@@ -21,27 +24,31 @@ OLD, NEW = make_file(seed=1), make_file(seed=2)
 PROBES = b'{"prompt": "x", "completion": "y"}'
 
 
-def work(root: Path, operation: str, failpoint: str | None, acknowledgement: Path) -> None:
+def work(location: Location, operation: str, failpoint: str | None, acknowledgement: Path) -> None:
     """Runs in the process that is killed; touches a file once the operation was acknowledged."""
-    store = PromptStore.open(root, backbone=BACKBONE)
+    store = PromptStore.open(location, backbone=BACKBONE)
     with failpoints.armed(f"{failpoint}:kill" if failpoint else None):
-        if operation == "upload":
-            store.upload("t", "task", file=NEW, config=CONFIG)
-        elif operation == "first_upload":
-            store.upload("t", "fresh", file=NEW, config=OTHER_CONFIG)
-        elif operation == "gated_upload":
-            store.upload("t", "task", file=NEW, config=CONFIG, probes=PROBES, gate_threshold=1.0)
-        elif operation == "pass_gate":
-            store.set_gate("t", "task", 2, status="passed", score=1.0)
-        elif operation == "activate":
-            store.update_task("t", "task", active_version=2)
-        elif operation == "rollback":
-            store.rollback("t", "task")
-        elif operation == "delete_version":
-            store.delete_version("t", "task", 1)
-        elif operation == "delete_task":
-            store.delete_task("t", "task")
+        change(store, operation)
     acknowledgement.touch()
+
+
+def change(store: PromptStore, operation: str) -> None:
+    if operation == "upload":
+        store.upload("t", "task", file=NEW, config=CONFIG)
+    elif operation == "first_upload":
+        store.upload("t", "fresh", file=NEW, config=OTHER_CONFIG)
+    elif operation == "gated_upload":
+        store.upload("t", "task", file=NEW, config=CONFIG, probes=PROBES, gate_threshold=1.0)
+    elif operation == "pass_gate":
+        store.set_gate("t", "task", 2, status="passed", score=1.0)
+    elif operation == "activate":
+        store.update_task("t", "task", active_version=2)
+    elif operation == "rollback":
+        store.rollback("t", "task")
+    elif operation == "delete_version":
+        store.delete_version("t", "task", 1)
+    elif operation == "delete_task":
+        store.delete_task("t", "task")
 
 
 CASES = (
@@ -57,6 +64,11 @@ CASES = (
 )
 
 
+@pytest.fixture
+def acknowledgement(tmp_path: Path) -> Path:
+    return tmp_path / "acknowledged"
+
+
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
     """Processes forked from one that has the store imported and no threads: as good as fresh ones, and quick."""
@@ -65,10 +77,11 @@ def processes() -> ForkServerContext:
     return context
 
 
-def run(processes: ForkServerContext, root: Path, operation: str, failpoint: str | None) -> tuple[int | None, bool]:
+def run(
+    processes: ForkServerContext, acknowledgement: Path, location: Location, operation: str, failpoint: str | None
+) -> tuple[int | None, bool]:
     """The exit code, and whether the operation was acknowledged."""
-    acknowledgement = root.parent / "acknowledged"
-    process = processes.Process(target=work, args=(root, operation, failpoint, acknowledgement))
+    process = processes.Process(target=work, args=(location, operation, failpoint, acknowledgement))
     process.start()
     process.join(60)
     return process.exitcode, acknowledgement.exists()
@@ -85,8 +98,8 @@ def describe(store: PromptStore) -> dict[str, tuple[int | None, list[int]]]:
     return found
 
 
-def prepare(root: Path, operation: str) -> dict[str, tuple[int | None, list[int]]]:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
+def prepare(location: Location, operation: str) -> dict[str, tuple[int | None, list[int]]]:
+    with PromptStore.open(location, backbone=BACKBONE) as store:
         store.upload("t", "task", file=OLD, config=CONFIG)
         if operation == "pass_gate":
             store.upload("t", "task", file=NEW, config=CONFIG, probes=PROBES, gate_threshold=1.0)
@@ -94,6 +107,10 @@ def prepare(root: Path, operation: str) -> dict[str, tuple[int | None, list[int]
             other = NEW if operation == "activate" else make_file(seed=3)
             store.upload("t", "task", file=other, config=CONFIG, activate=operation != "activate")
         return describe(store)
+
+
+def no_leftovers(store: PromptStore) -> bool:
+    return store.root is None or not list((store.root / "tmp").iterdir())
 
 
 AFTER = {
@@ -110,33 +127,71 @@ AFTER = {
 
 @pytest.mark.parametrize(("operation", "failpoint"), CASES)
 def test_killed_operation_leaves_the_old_or_the_new_state_and_no_leftovers(
-    operation: str, failpoint: str, tmp_path: Path, processes: ForkServerContext
+    operation: str, failpoint: str, location: Location, acknowledgement: Path, processes: ForkServerContext
 ) -> None:
-    root = tmp_path / "store"
-    before = prepare(root, operation)
-    assert run(processes, root, operation, failpoint) == (-signal.SIGKILL, False)
-    with PromptStore.open(root, backbone=BACKBONE) as store:
-        committed = failpoint in (
-            failpoints.UPLOAD_COMMITTED,
-            failpoints.ACTIVATE_COMMITTED,
-            failpoints.DELETE_COMMITTED,
-            failpoints.DELETE_BLOB_REMOVED,
-        )
-        assert describe(store) == (AFTER[operation] if committed else before)
+    before = prepare(location, operation)
+    assert run(processes, acknowledgement, location, operation, failpoint) == (-signal.SIGKILL, False)
+    with PromptStore.open(location, backbone=BACKBONE) as store:
+        committed = {failpoints.UPLOAD_COMMITTED, failpoints.ACTIVATE_COMMITTED}
+        if store.root is not None:
+            # Where a blob is a file, it goes after the row; in a database the two go together.
+            committed |= {failpoints.DELETE_COMMITTED, failpoints.DELETE_BLOB_REMOVED}
+        assert describe(store) == (AFTER[operation] if failpoint in committed else before)
         store.check_invariants()
-        assert not list((root / "tmp").iterdir())
+        assert no_leftovers(store)
         for name in describe(store):
             store.load(store.resolve("t", name))
             for version in store.list_versions("t", name):
                 assert (version.gate is None) == (store.read_probes(version) == ())
 
 
+def work_until(url: str, operation: str, last_write: int, acknowledgement: Path) -> None:
+    """As `work`, and dies before the write after the last one; a commit counts as one."""
+    counted = itertools.count(1)
+
+    def before_commit(_: object) -> None:
+        if next(counted) > last_write:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before_statement(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith(("INSERT", "UPDATE", "DELETE")):
+            before_commit(connection)
+
+    store = PromptStore.open(url, backbone=BACKBONE, exclusive=False)
+    event.listen(store._database.engine, "before_cursor_execute", before_statement)
+    event.listen(store._database.engine, "commit", before_commit)
+    change(store, operation)
+    acknowledgement.touch()
+
+
+@pytest.mark.parametrize("operation", ["upload", "delete_task"])
+def test_client_killed_between_any_two_writes_leaves_the_old_or_the_new_state(
+    operation: str, url: str, acknowledgement: Path, processes: ForkServerContext
+) -> None:
+    before = prepare(url, operation)
+    with PromptStore.open(url, backbone=BACKBONE, exclusive=False) as store:
+        for last_write in itertools.count():
+            process = processes.Process(target=work_until, args=(url, operation, last_write, acknowledgement))
+            process.start()
+            process.join(60)
+            store.check_invariants()
+            if process.exitcode == 0:
+                break
+            assert not acknowledgement.exists()
+            # Nothing is sent after the commit, before which it dies for the last time.
+            assert describe(store) == before
+        assert acknowledgement.exists()
+        assert describe(store) == AFTER[operation]
+    assert last_write >= 5
+
+
 @pytest.mark.parametrize("operation", AFTER)
-def test_acknowledged_operation_is_there(operation: str, tmp_path: Path, processes: ForkServerContext) -> None:
-    root = tmp_path / "store"
-    prepare(root, operation)
-    assert run(processes, root, operation, None) == (0, True)
-    with PromptStore.open(root, backbone=BACKBONE) as store:
+def test_acknowledged_operation_is_there(
+    operation: str, location: Location, acknowledgement: Path, processes: ForkServerContext
+) -> None:
+    prepare(location, operation)
+    assert run(processes, acknowledgement, location, operation, None) == (0, True)
+    with PromptStore.open(location, backbone=BACKBONE) as store:
         assert describe(store) == AFTER[operation]
         store.check_invariants()
 
@@ -149,7 +204,7 @@ def test_unforeseen_exception_in_an_upload_leaves_the_old_or_the_new_state(store
     committed = name == failpoints.UPLOAD_COMMITTED
     assert describe(store) == {"task": (2, [2, 1]) if committed else (1, [1])}
     store.check_invariants()
-    assert not list((store.root / "tmp").iterdir())
+    assert no_leftovers(store)
     version, created = store.upload("t", "task", file=NEW, config=OTHER_CONFIG)
     assert (version.version, created) == (2, not committed)
 

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,12 @@ from tests.unit.prompt_store.prompt_files import make_config, make_file, random_
 CONFIG = make_config()
 OTHER_CONFIG = make_config(num_layers=3)
 CALLS = ("open", "write", "fsync", "rename")
+
+
+@pytest.fixture
+def store(folder_store: PromptStore) -> PromptStore:
+    """Faults of a disk are a folder's alone."""
+    return folder_store
 
 
 class Fault:
@@ -46,6 +53,11 @@ def refusal_of(action: Callable[[], None]) -> PromptStoreError | None:
     return None
 
 
+def root_of(store: PromptStore) -> Path:
+    assert store.root is not None
+    return store.root
+
+
 def upload_second(store: PromptStore) -> None:
     store.upload("t", "task", file=make_file(seed=2), config=OTHER_CONFIG)
 
@@ -68,7 +80,7 @@ def test_fault_at_every_call_of_an_upload(store: PromptStore, code: int, error: 
         assert store.resolve("t", "task") == first
         np.testing.assert_array_equal(store.load(first).values, random_embeddings(1))
         store.check_invariants()
-        assert not list((store.root / "tmp").iterdir())
+        assert not list((root_of(store) / "tmp").iterdir())
     assert num_faults >= 10
     assert store.resolve("t", "task").version == 2
     store.check_invariants()
@@ -122,8 +134,8 @@ def test_blob_that_cannot_be_removed_is_swept_later(store: PromptStore, monkeypa
         patch.setattr("pathlib.Path.unlink", lambda *_args, **_options: (_ for _ in ()).throw(OSError(errno.EIO, "x")))
         store.delete_task("t", "task")
     assert store.counts().num_versions == 0
-    assert list(store.root.glob("blobs/*/*"))
-    root = store.root
+    root = root_of(store)
+    assert list(root.glob("blobs/*/*"))
     store.close()
     with PromptStore.open(root) as again:
         again.check_invariants()
@@ -131,7 +143,7 @@ def test_blob_that_cannot_be_removed_is_swept_later(store: PromptStore, monkeypa
 
 
 def test_damaged_database_is_a_clear_error(store: PromptStore) -> None:
-    root = store.root
+    root = root_of(store)
     store.close()
     (root / "catalog.sqlite3").write_bytes(b"this is no database" * 100)
     with pytest.raises(StorageFailed):

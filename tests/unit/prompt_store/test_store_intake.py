@@ -14,6 +14,7 @@ from prompt_store.errors import (
     PromptMismatch,
     PromptStoreError,
 )
+from prompt_store.location import Location
 from prompt_store.manifest import StoreLimits
 from prompt_store.store import PromptStore
 from tests.unit.prompt_store.prompt_files import (
@@ -28,20 +29,20 @@ from tests.unit.prompt_store.prompt_files import (
 )
 
 
-def test_prompt_of_another_backbone_is_not_loaded_although_its_shapes_fit(root: Path) -> None:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
+def test_prompt_of_another_backbone_is_not_loaded_although_its_shapes_fit(location: Location) -> None:
+    with PromptStore.open(location, backbone=BACKBONE) as store:
         put(store, 1)
-    with PromptStore.open(root, backbone=dataclasses.replace(BACKBONE, fingerprint="cd" * 32)) as store:
+    with PromptStore.open(location, backbone=dataclasses.replace(BACKBONE, fingerprint="cd" * 32)) as store:
         version = store.resolve("acme", "task")
         with pytest.raises(PromptMismatch, match="cdcdcdcdcdcd"):
             store.load(version)
         assert store.resolve("acme", "task").state == "active"
 
 
-def test_same_file_under_another_backbone_is_a_version_of_its_own(root: Path) -> None:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
+def test_same_file_under_another_backbone_is_a_version_of_its_own(location: Location) -> None:
+    with PromptStore.open(location, backbone=BACKBONE) as store:
         first = put(store, 1)
-    with PromptStore.open(root, backbone=dataclasses.replace(BACKBONE, fingerprint="cd" * 32)) as store:
+    with PromptStore.open(location, backbone=dataclasses.replace(BACKBONE, fingerprint="cd" * 32)) as store:
         second = put(store, 1)
         assert (second.version, second.digest, second.state) == (2, first.digest, "active")
         assert second.prefix_key != first.prefix_key
@@ -65,26 +66,26 @@ def test_one_file_for_two_tasks_of_its_own_makes_two_versions(store: PromptStore
     assert store.resolve("t", f"task@sha256:{versions[0].digest}") == versions[1]
 
 
-def test_prompt_of_another_backbone_is_refused_at_load_but_not_quarantined(root: Path) -> None:
-    with PromptStore.open(root, backbone=BACKBONE) as store:
+def test_prompt_of_another_backbone_is_refused_at_load_but_not_quarantined(location: Location) -> None:
+    with PromptStore.open(location, backbone=BACKBONE) as store:
         version = put(store, 1)
-    with PromptStore.open(root, backbone=dataclasses.replace(BACKBONE, hidden_size=16)) as store:
+    with PromptStore.open(location, backbone=dataclasses.replace(BACKBONE, hidden_size=16)) as store:
         with pytest.raises(PromptMismatch, match="16"):
             store.load(version)
         assert store.resolve("acme", "task").state == "active"
 
 
-def test_backbone_may_come_later(root: Path) -> None:
-    with PromptStore.open(root) as store:
+def test_backbone_may_come_later(location: Location) -> None:
+    with PromptStore.open(location) as store:
         with pytest.raises(PromptStoreError, match="backbone"):
             put(store, 1)
         store.use_backbone(BACKBONE)
         put(store, 1)
 
 
-def test_limits_are_kept(root: Path) -> None:
+def test_limits_are_kept(location: Location) -> None:
     limits = StoreLimits(max_file_bytes=300, max_config_bytes=100, max_metadata_bytes=50, max_virtual_tokens=4)
-    with PromptStore.open(root, backbone=BACKBONE, limits=limits) as store:
+    with PromptStore.open(location, backbone=BACKBONE, limits=limits) as store:
         small = make_file({"prompt_embeddings": random_embeddings(0, k=4)})
         with pytest.raises(FileTooLarge) as caught:
             store.upload("t", "task", file=make_file(), config=CONFIG)
@@ -113,9 +114,9 @@ def test_bad_names_are_refused(store: PromptStore, name: str) -> None:
     assert caught.value.param == "tenant"
 
 
-def test_the_backbones_own_name_is_reserved(root: Path) -> None:
+def test_the_backbones_own_name_is_reserved(location: Location) -> None:
     with (
-        PromptStore.open(root, backbone=dataclasses.replace(BACKBONE, name="tiny")) as store,
+        PromptStore.open(location, backbone=dataclasses.replace(BACKBONE, name="tiny")) as store,
         pytest.raises(InvalidName, match="backbone"),
     ):
         put(store, 1, task="tiny")

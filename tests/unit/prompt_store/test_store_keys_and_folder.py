@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from prompt_store.errors import (
     InvalidValue,
@@ -12,12 +13,23 @@ from prompt_store.errors import (
     StorageFailed,
     StoreInUse,
 )
+from prompt_store.location import Location
+from prompt_store.models import Base
+from prompt_store.shared_models import SharedBase
 from prompt_store.store import PromptStore
 from tests.unit.prompt_store.prompt_files import (
     BACKBONE,
     make_file,
     put,
 )
+
+
+def everything_in(store: PromptStore) -> str:
+    if store.root is not None:
+        return "".join(path.read_bytes().decode("latin-1") for path in store.root.rglob("*") if path.is_file())
+    with store._database.engine.connect() as connection:
+        tables = [*Base.metadata.sorted_tables, *SharedBase.metadata.sorted_tables]
+        return "".join(str(connection.execute(select(table)).all()) for table in tables)
 
 
 def test_second_server_on_a_folder_is_refused_and_key_management_beside_it_is_not(root: Path) -> None:
@@ -32,8 +44,8 @@ def test_second_server_on_a_folder_is_refused_and_key_management_beside_it_is_no
     PromptStore.open(root).close()
 
 
-def test_closed_store_says_so(root: Path) -> None:
-    store = PromptStore.open(root, backbone=BACKBONE)
+def test_closed_store_says_so(location: Location) -> None:
+    store = PromptStore.open(location, backbone=BACKBONE)
     store.close()
     store.close()
     with pytest.raises(StorageFailed, match="closed"):
@@ -49,8 +61,7 @@ def test_key_is_known_by_its_secret_alone(store: PromptStore) -> None:
     assert store.verify_key(secret) == key
     for wrong in ("", secret[:-1], secret + "x", secret.upper(), "pm_", "x" * 10_000, "\ud800"):
         assert store.verify_key(wrong) is None
-    data = b"".join(path.read_bytes() for path in store.root.rglob("*") if path.is_file())
-    assert secret.encode() not in data
+    assert secret not in everything_in(store)
 
 
 def test_revoked_key_proves_nothing_and_still_counts_as_made(store: PromptStore) -> None:
@@ -116,7 +127,7 @@ def test_leftovers_are_swept_at_start(root: Path) -> None:
         store.check_invariants()
 
 
-def test_files_are_for_their_owner_alone(store: PromptStore) -> None:
-    put(store, 1)
-    for path in [store.root, *store.root.glob("blobs/**/*")]:
+def test_files_are_for_their_owner_alone(folder_store: PromptStore, root: Path) -> None:
+    put(folder_store, 1)
+    for path in [root, *root.glob("blobs/**/*")]:
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from sqlalchemy import create_engine, text
 
 from prompt_store.errors import GateNotPassed, InvalidValue, TaskNotFound, VersionActive, VersionConflict
+from prompt_store.location import Location, parse_store_url
 from prompt_store.manifest import Canary, GateStatus
 from prompt_store.store import PromptStore
+from tests.unit.prompt_store.conftest import TABLES
 from tests.unit.prompt_store.prompt_files import BACKBONE, make_config, make_file
 
 CONFIG = make_config()
@@ -74,17 +77,24 @@ class ModelTask:
 class StoreSchedule(RuleBasedStateMachine):
     @initialize(num_versions=st.integers(0, len(FILES)))
     def start(self, num_versions: int) -> None:
-        # In memory where there is such a folder: what a disk may do to the store is for other tests.
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.root = Path(tempfile.mkdtemp(prefix="store-", dir=memory))
-        self.store = PromptStore.open(self.root, backbone=BACKBONE)
+        self.location = self.make_location()
+        self.store = PromptStore.open(self.location, backbone=BACKBONE)
         self.model: dict[str, ModelTask] = {}
         for file in range(num_versions):
             self.compare_upload("acme", file, True, None)
 
     def teardown(self) -> None:
         self.store.close()
-        shutil.rmtree(self.root)
+        self.remove_location()
+
+    def make_location(self) -> Location:
+        # In memory where there is such a folder: what a disk may do to the store is for other tests.
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        return Path(tempfile.mkdtemp(prefix="store-", dir=memory))
+
+    def remove_location(self) -> None:
+        assert isinstance(self.location, Path)
+        shutil.rmtree(self.location)
 
     def live(self, tenant: str) -> ModelTask | None:
         task = self.model.get(tenant)
@@ -261,7 +271,7 @@ class StoreSchedule(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.store.close()
-        self.store = PromptStore.open(self.root, backbone=BACKBONE)
+        self.store = PromptStore.open(self.location, backbone=BACKBONE)
 
     @invariant()
     def every_reference_means_what_the_model_says(self) -> None:
@@ -302,3 +312,27 @@ class StoreSchedule(RuleBasedStateMachine):
 
 StoreSchedule.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestStoreSchedules = StoreSchedule.TestCase
+
+
+class SharedStoreSchedule(StoreSchedule):
+    """One database, emptied after each example: making a fresh one takes longer than most examples."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+
+    def make_location(self) -> Location:
+        return self.url
+
+    def remove_location(self) -> None:
+        engine = create_engine(parse_store_url(self.url))
+        with engine.begin() as connection:
+            connection.execute(text(f"TRUNCATE {', '.join(TABLES)} RESTART IDENTITY"))
+        engine.dispose()
+
+
+def test_schedules_on_a_shared_database(url: str) -> None:
+    run_state_machine_as_test(
+        lambda: SharedStoreSchedule(url),
+        settings=settings(max_examples=15, stateful_step_count=30, deadline=None),
+    )

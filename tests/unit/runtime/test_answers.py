@@ -50,7 +50,9 @@ def test_slices_are_no_larger_than_one_request_may_be(limits: dict[str, int]) ->
 
 
 def test_completions_are_tokenised_apart_as_in_training() -> None:
-    (question,) = tokenize_questions([("ab", "c")], TokenCodec(ByteTokenizer(), VOCAB_SIZE), param="inputs")
+    (question,) = tokenize_questions(
+        [("ab", "c")], TokenCodec(ByteTokenizer(), VOCAB_SIZE), max_model_len=4096, param="inputs"
+    )
 
     assert question.prompt_ids == (BOS_ID, *b"ab")
     assert question.completion_ids == tuple(b"c")
@@ -60,6 +62,6 @@ def test_tokens_without_embedding_are_refused_by_name() -> None:
     codec = TokenCodec(ByteTokenizer(), VOCAB_SIZE - 2)
 
     with pytest.raises(InvalidRequestError) as raised:
-        tokenize_questions([("ab", "c")], codec, param="inputs")
+        tokenize_questions([("ab", "c")], codec, max_model_len=4096, param="inputs")
 
     assert raised.value.param == "inputs.0.prompt"

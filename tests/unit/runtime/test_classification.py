@@ -26,7 +26,9 @@ def make_merging(*merges: tuple[str, str]) -> TokenCodec:
 
 
 def scored_texts(codec: TokenCodec, text: str, labels: list[str], separator: str | None = None) -> list[str]:
-    [scored] = tokenize_inputs([text], labels, codec, separator=separator, add_special_tokens=True, max_tokens=10_000)
+    [scored] = tokenize_inputs(
+        [text], labels, codec, separator=separator, add_special_tokens=True, max_model_len=10_000, max_tokens=10_000
+    )
     return [codec.decode(row[scored.start :]) for row in scored.rows]
 
 
@@ -71,6 +73,7 @@ def test_tokens_are_counted_before_they_are_made() -> None:
             TokenCodec(Counting(), VOCAB_SIZE),
             separator=None,
             add_special_tokens=True,
+            max_model_len=100,
             max_tokens=39,
         )
     assert refused.value.param == "input.1"

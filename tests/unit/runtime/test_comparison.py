@@ -93,7 +93,7 @@ def oracle(
 def test_figures_are_those_of_each_version_asked_alone(tmp_path: Path, backbone: Backbone, folders: list[Path]) -> None:
     async def body(runtime: Runtime) -> None:
         first, second = [await upload(runtime, folder) for folder in folders]
-        questions = tokenize_questions(TEXTS, runtime.parts.codec, param="inputs")
+        questions = tokenize_questions(TEXTS, runtime.parts.codec, max_model_len=4096, param="inputs")
         vectors = [
             torch.from_numpy((await runtime.call(runtime.parts.tasks.read_prompt, version)).values)
             for version in (first, second)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from server.engine.request import PromptRef, SamplingParams
 from server.errors import ContextLengthExceededError, InvalidRequestError
 from server.runtime.generation import (
+    MAX_PROMPT_LOGPROBS,
     USUAL_ANSWER_TOKENS,
     GenerationSpec,
     check_length,
@@ -60,7 +61,7 @@ def test_text_of_several_items_is_tokenised_once() -> None:
             return super().__call__(text, **arguments)
 
     spec = GenerationSpec(prompts=("x",) * 5, references=tuple("abcde"), n=1, sampling=SamplingParams())
-    ids = tokenize(spec, TokenCodec(Counting(), VOCAB_SIZE))
+    ids = tokenize(spec, TokenCodec(Counting(), VOCAB_SIZE), 4096)
 
     assert len(ids) == 5
     assert Counting.calls == 1
@@ -74,7 +75,7 @@ def test_text_without_tokens_is_refused() -> None:
 
     spec = GenerationSpec(prompts=("a", "b"), references=("t", "t"), n=1, sampling=SamplingParams())
     with pytest.raises(InvalidRequestError) as refused:
-        tokenize(spec, TokenCodec(Forgetful(), VOCAB_SIZE))
+        tokenize(spec, TokenCodec(Forgetful(), VOCAB_SIZE), 4096)
     assert refused.value.param == "prompt.0"
 
 
@@ -88,8 +89,45 @@ def test_text_whose_tokens_the_backbone_does_not_have_is_refused(prompts: tuple[
 
     spec = GenerationSpec(prompts=prompts, references=("t",) * len(prompts), n=1, sampling=SamplingParams())
     with pytest.raises(InvalidRequestError) as refused:
-        tokenize(spec, TokenCodec(Larger(), VOCAB_SIZE))
+        tokenize(spec, TokenCodec(Larger(), VOCAB_SIZE), 4096)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(("prompts", "param"), [(("x" * 10**6,), "prompt"), (("a", "x" * 10**6), "prompt.1")])
+def test_text_that_is_far_too_long_is_refused_by_what_its_beginning_has(prompts: tuple[str, ...], param: str) -> None:
+    spec = GenerationSpec(prompts=prompts, references=("t",) * len(prompts), n=1, sampling=SamplingParams())
+    with pytest.raises(ContextLengthExceededError) as refused:
+        tokenize(spec, TokenCodec(ByteTokenizer(), VOCAB_SIZE), 4096)
+    assert refused.value.param == param
+    assert refused.value.message == (
+        "This model's maximum context length is 4096 tokens. However, you requested at least 32256 tokens in the "
+        "prompt. Please reduce the length of the prompt."
+    )
+
+
+@pytest.mark.parametrize(("top", "n"), [(0, 1), (0, 8), (20, 1), (20, 2)])
+def test_log_probabilities_of_a_prompt_are_asked_for_up_to_a_bound(top: int, n: int) -> None:
+    def make(num_tokens: int) -> None:
+        spec = GenerationSpec(
+            prompts=((1,) * num_tokens,),
+            references=("t",),
+            n=n,
+            sampling=SamplingParams(max_tokens=0, prompt_logprobs=top),
+        )
+        make_generation(
+            spec,
+            generation_id="g",
+            tenant="x",
+            token_ids=spec.prompts,
+            prompts={"t": None},
+            max_model_len=10**7,  # type: ignore[arg-type]
+        )
+
+    most = MAX_PROMPT_LOGPROBS // (n * (top + 1))
+    make(most)
+    with pytest.raises(InvalidRequestError) as refused:
+        make(most + 1)
+    assert (refused.value.param, refused.value.code) == ("logprobs", "invalid_request")
 
 
 def test_rows_are_numbered_by_item_and_sample_and_hold_their_prompt() -> None:

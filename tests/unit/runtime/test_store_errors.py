@@ -17,14 +17,17 @@ EXPECTED = {
     store.PromptMismatch: (422, "prompt_mismatch"),
     store.TaskNotFound: (404, "model_not_found"),
     store.KeyNotFound: (404, "not_found"),
+    store.TrainingNotFound: (404, "not_found"),
     store.VersionConflict: (409, "version_conflict"),
     store.VersionActive: (409, "version_active"),
     store.GateNotPassed: (409, "gate_not_passed"),
-    store.QuotaExceeded: (429, "quota_exceeded"),
+    store.QuotaExceeded: (429, "storage_quota_exceeded"),
+    store.TooManyJobs: (429, "too_many_jobs"),
     store.PromptCorrupt: (503, "prompt_corrupt"),
     store.StoreInUse: (503, "storage_failed"),
     store.StorageFull: (507, "storage_full"),
     store.StorageFailed: (503, "storage_failed"),
+    store.StorageUnavailable: (503, "store_unavailable"),
 }
 ALL = [kind for kind in vars(store).values() if inspect.isclass(kind) and issubclass(kind, store.PromptStoreError)]
 

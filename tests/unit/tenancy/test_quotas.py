@@ -95,6 +95,18 @@ def test_request_of_more_tokens_than_a_minute_ever_has_is_told_so_at_the_longest
         reserve(keeper, prompt=51, new=0)
     assert not isinstance(refused.value, RateLimitExceededError)
     assert refused.value.headers()["Retry-After"] == "30"
+    assert refused.value.headers()["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(("rows", "advice"), [(2, None), (3, "false")])
+def test_clients_are_told_not_to_try_again_only_where_no_wait_helps(
+    store: PromptStore, rows: int, advice: str | None
+) -> None:
+    keeper = make_keeper(store, Clock(), max_running_rows=2)
+    reserve(keeper, rows=1)
+    with pytest.raises(QuotaExceededError) as refused:
+        reserve(keeper, rows=rows)
+    assert refused.value.headers().get("x-should-retry") == advice
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, "30"), (6, "10"), (600, "1")])

@@ -1,14 +1,9 @@
-"""A tiny random Llama with a tokenizer of bytes, and a task small enough to be learnt by it."""
-
-import itertools
-from collections.abc import Iterator
+"""A tiny random Llama with a tokenizer of bytes."""
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
-from tuning.data import Dataset, Example, Method, TaskSpec, build_dataset
 
 EOS = "<|end|>"
 
@@ -40,29 +35,3 @@ def backbone(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         pad_token_id=None,
     )
     return LlamaForCausalLM(config).requires_grad_(False).eval()
-
-
-def vowel_examples() -> Iterator[Example]:
-    for letters in itertools.product("abcde", "xyz", "uvw"):
-        yield Example("".join(letters), "v" if letters[0] in "ae" else "c")
-
-
-def make_spec(method: Method = "prompt_tuning", **changes: object) -> TaskSpec:
-    fields: dict[str, object] = {
-        "name": "vowel",
-        "description": "Whether a word starts with a vowel",
-        "template": "{input} ->",
-        "instruction": "v or c?",
-        "method": method,
-        "k": 6,
-        "init": "vocab" if method == "prompt_tuning" else "text",
-        "examples": vowel_examples,
-        "labels": ("v", "c"),
-        "num_steps": 30,
-    }
-    return TaskSpec(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def dataset() -> Dataset:
-    return build_dataset(make_spec(), seed=0)

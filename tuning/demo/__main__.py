@@ -1,0 +1,5 @@
+"""`python -m tuning.demo`."""
+
+from tuning.demo.make import main
+
+main()
