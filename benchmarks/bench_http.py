@@ -12,20 +12,18 @@ import dataclasses
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
 
-import httpx
 from peft import PromptTuningConfig, TaskType
 from safetensors.numpy import save
 
+from benchmarks.live_server import BenchmarkError, LiveServer
 from benchmarks.machine import describe_machine, report
 from benchmarks.rounds import (
     SETTLING_RUNS,
@@ -47,18 +45,12 @@ from benchmarks.rounds import (
 from prompt_store.store import PromptStore
 from server.bench.offline import OfflineEngine
 from server.bench.workload import Workload, make_workload
-from server.embedded import default_cache_dir
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 from server.settings import Settings
 
 ENGINE, HTTP = "engine in process", "HTTP streams"
 TENANT = "default"
-READY_TIMEOUT_S = 300.0
-
-
-class BenchmarkError(RuntimeError):
-    """The server or the engine did not do what was asked of it."""
 
 
 def main() -> None:
@@ -79,6 +71,7 @@ def main() -> None:
             cpu_s = _client_cpu_s()
             seconds = interleave(systems, args.rounds)
             cpu_s = _client_cpu_s() - cpu_s
+            compiled_sizes = server.compiled_sizes
     ratios = {f"{HTTP} ÷ {ENGINE}": ratio(seconds[ENGINE], seconds[HTTP], goal="≥ 0.9")}
     num_tokens = dict.fromkeys(seconds, load.num_new_tokens)
     share = cpu_s / sum(seconds[HTTP])
@@ -88,6 +81,7 @@ def main() -> None:
         *ratio_table(ratios),
         "",
         f"The clients took {100 * share:.0f}% of one core while HTTP was timed; they are in its time.",
+        f"Sizes of steps that the server served compiled: {', '.join(map(str, compiled_sizes)) or 'none'}.",
     ]
     report(
         "http",
@@ -99,6 +93,7 @@ def main() -> None:
             "seconds": rounded(seconds),
             "num_new_tokens": num_tokens,
             "client_cpu_s": round(cpu_s, 3),
+            "compiled_sizes": compiled_sizes,
             "ratios": plain(ratios),
         },
     )
@@ -131,31 +126,13 @@ def _workload(args: argparse.Namespace, backbone: Backbone) -> Workload:
     return Workload(load.prompts, requests)
 
 
-class _Server:
-    """`promptmux serve` on a free port of loopback. Use as a context manager."""
-
-    def __init__(self, args: argparse.Namespace, data_dir: Path, dtype: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port: int = free.getsockname()[1]
-        command = [sys.executable, "-c", "from server.cli import main; main()", "serve"]
-        command += ["--host", "127.0.0.1", "--port", str(self._port), "--data-dir", str(data_dir), "--dtype", dtype]
-        command += ["--num-threads", str(args.threads), "--cache-dir", str(default_cache_dir()), "--audit-share", "0"]
-        command += ["--log-level", "error", *(["--model", args.backbone] if args.backbone else [])]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-    def __enter__(self) -> "_Server":
-        self._wait_until(lambda: httpx.get(self._url("/readyz")).status_code == 200)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=60)
+class _Server(LiveServer):
+    """`promptmux serve` and the clients of its streams."""
 
     def settle(self, run: Callable[[int], float]) -> None:
         """Bring every prompt, and wait until steps are served as they will be while they are timed."""
         run(10_000)
-        self._wait_until(lambda: httpx.get(self._url("/version")).json()["backbone"]["compiled"] != "compiling")
+        self.wait_until_compiled()
         for number in range(SETTLING_RUNS):
             run(10_001 + number)
 
@@ -186,7 +163,7 @@ class _Server:
 
     async def _stream(self, body: bytes) -> int:
         """Read one stream to its end; the number of new tokens that its usage tells."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
         head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = await reader.read()
@@ -196,22 +173,6 @@ class _Server:
         if not answer.startswith(b"HTTP/1.1 200") or usage < 0 or b"data: [DONE]" not in answer:
             raise BenchmarkError(f"a stream failed: {answer[-500:]!r}")
         return int(answer[usage:].partition(b":")[2].partition(b",")[0])
-
-    def _url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self._port}{path}"
-
-    def _wait_until(self, is_so: Callable[[], bool]) -> None:
-        end_s = time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < end_s:
-            if self._process.poll() is not None:
-                raise BenchmarkError(f"the server ended with code {self._process.returncode}")
-            try:
-                if is_so():
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.25)
-        raise BenchmarkError(f"the server was not ready after {READY_TIMEOUT_S:.0f} s")
 
 
 class _EnginePeer:

@@ -14,7 +14,9 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
+from unittest.mock import patch
 
 import numpy as np
 from safetensors.numpy import save
@@ -110,9 +112,8 @@ def _changes(store: PromptStore, seed: int, hears: bool) -> Iterator[tuple[str, 
 
 def _read(url: str, pipe: Connection, hears: bool) -> None:
     """The other replica: says when a task's name means what it was told."""
-    if not hears:
-        follower.NOTIFICATION_CHANNEL = "nobody"
-    with PromptStore.open(url, backbone=SHAPE) as store:
+    deafness = nullcontext() if hears else patch.object(follower, "NOTIFICATION_CHANNEL", "nobody")
+    with deafness, PromptStore.open(url, backbone=SHAPE) as store:
         pipe.send("ready")
         while (asked := pipe.recv()) is not None:
             task, expected = asked

@@ -61,6 +61,12 @@ class LiveServer:
             time.sleep(0.25)
         raise BenchmarkError(f"the server did not get there in {timeout_s:.0f} s")
 
+    @property
+    def compiled_sizes(self) -> list[int]:
+        """Sizes of steps that are served compiled."""
+        sizes: list[int] = httpx.get(f"{self.url}/version").json()["backbone"]["compiled_sizes"]
+        return sizes
+
     def wait_until_compiled(self) -> None:
         """Wait until nothing is compiled any more beside serving."""
         self.wait_until(lambda: httpx.get(f"{self.url}/version").json()["backbone"]["compiled"] != "compiling")

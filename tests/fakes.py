@@ -64,6 +64,7 @@ class EchoBackbone:
     kernel: Literal["gather"] = "gather"
     quantization: Literal["none"] = "none"
     compiled_state: Literal["off"] = "off"
+    compiled_sizes: list[int] = [4, 64]  # noqa: RUF012
     path: Literal["packed", "dense"] = "packed"
     dtype_name = "float32"
     device_name = "cpu"

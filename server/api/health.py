@@ -22,7 +22,8 @@ class ServedBackbone(BaseModel):
     """The model that is served and the way it is run: packed, or dense for models that attend by themselves.
 
     `kernel` computes the attention of packed backbones. `compiled` is off, compiling, trial (there is a package; each
-    size of step is served by what was faster), failed (the log says why) or stopped.
+    size of step is served by what was faster), failed (the log says why) or stopped. `compiled_sizes` are those that
+    are served compiled: s stands for steps of s to 2s - 1 tokens.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ServedBackbone(BaseModel):
     kernel: Literal["native", "triton", "gather"]
     quantization: Literal["none", "int8"]
     compiled: CompiledState
+    compiled_sizes: list[int]
 
 
 class Version(BaseModel):
@@ -75,6 +77,7 @@ async def version(runtime: AnyRuntime) -> Version:
             kernel=backbone.kernel,
             quantization=backbone.quantization,
             compiled=backbone.compiled_state,
+            compiled_sizes=backbone.compiled_sizes,
         ),
     )
 

@@ -36,6 +36,7 @@ def test_ready_server(server: LiveServer) -> None:
             "kernel": backbone.kernel,
             "quantization": backbone.quantization,
             "compiled": backbone.compiled_state,
+            "compiled_sizes": [4, 64],
         },
     }
 
