@@ -42,7 +42,7 @@ class Compiled(Protocol):
 
     def run(
         self,
-        eager: Callable[[torch.Tensor], torch.Tensor],
+        eager: Callable[[], torch.Tensor],
         embeds: torch.Tensor,
         positions: torch.Tensor,
         logits_tokens: torch.Tensor,
@@ -114,13 +114,13 @@ class PackedForward:
                 embeds[first : first + entry.num_tokens] = entry.vectors.to(embeds)
         batch = plan.batch(device, num_padding)
 
-        def eager(embeds: torch.Tensor) -> torch.Tensor:
+        def eager() -> torch.Tensor:
             return self._with_step(pool, batch, embeds, positions, logits_tokens)
 
         if self.compiled is not None and len(logits_tokens):
             logits = self.compiled.run(eager, embeds, positions, logits_tokens, pool, batch)
         else:
-            logits = eager(embeds)
+            logits = eager()
         return logits[: len(plan.logits_tokens)]
 
     def _with_step(

@@ -92,16 +92,6 @@ class PrefixMaker:
                 f"{ref.task}@{ref.version} has the shape {prompt.values.shape}, this backbone needs {expected}"
             )
 
-    def make(self, ref: PromptRef, prompt: SoftPrompt) -> MadePrefix:
-        """One prompt alone; the prefixes' part of the pool must have room for it, and the prompt must fit.
-
-        Raises NumericalError when the prefix comes out not finite.
-        """
-        (made,) = self._make([(ref, prompt)])
-        if isinstance(made, PromptmuxError):
-            raise made
-        return made
-
     def make_all(self, prompts: Sequence[tuple[PromptRef, SoftPrompt]]) -> list[MadePrefix | PromptmuxError]:
         """One pass for all of them; what fails is made again alone, so that it fails for itself only.
 
@@ -146,20 +136,21 @@ class PrefixMaker:
 
     def _run(self, jobs: Sequence[_Job]) -> None:
         """One forward pass of the prompts' vectors, each prompt a row of its own, into pages that the jobs own."""
-        entries: dict[int, PlanEntry] = {}
-        claims: dict[int, Claim] = {}
-        for index, job in enumerate(jobs):
+        entries: list[PlanEntry] = []
+        claims: list[Claim] = []
+        for job in jobs:
             k = job.prompt.num_virtual_tokens
             vectors = torch.from_numpy(np.ascontiguousarray(job.prompt.values)).to(self._backbone.device)
             placeholders = [0] * k
             own = RowPages(k)
             own.append(job.pages, self._pool.ledger)
-            entries[index] = PlanEntry(own.numbers, 0, placeholders, logits_from=k, vectors=vectors)
-            claims[index] = Claim(
+            entries.append(PlanEntry(own.numbers, 0, placeholders, logits_from=k, vectors=vectors))
+            claim = Claim(
                 serial=job.serial, start_column=0, token_ids=placeholders, num_logits=0, pages=own.numbers,
                 generations=own.generations, contents=own.contents, vectors=vectors,
             )  # fmt: skip
-        plan, order = build_plan(list(entries.values()))
+            claims.append(claim)
+        plan, order = build_plan(entries)
         for violation in check_plan(plan, [claims[index] for index in order], self._pool.ledger):
             self._metrics.isolation_violations_total.inc()
             raise IsolationError(f"compiling a prompt: {violation.reason}")

@@ -170,18 +170,6 @@ class PrefixResidency:
         self.host.discard(key)
         self._drop_wanted(key)
 
-    def compile(self, ref: PromptRef, prompt: SoftPrompt) -> Prefix | None:
-        """Make the prompt's prefix and put it on the device; None when there is no room for it now.
-
-        Raises PromptMismatchError when its shape is not what the reference says or does not fit the backbone,
-        NumericalError when it comes out not finite.
-        """
-        self._maker.require_fit(ref, prompt)
-        if not self.device.make_room(prompt.num_virtual_tokens):
-            return None
-        made = self._maker.make(ref, prompt)
-        return self.device.insert(ref, made.pages, made.tail)
-
     def check_invariants(self) -> None:
         """Raises RuntimeError when a tier contradicts itself, or room is owed to a prompt that nobody wants."""
         self.device.check_invariants()

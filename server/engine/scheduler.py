@@ -206,8 +206,9 @@ class Scheduler:
         near = [(row, min(row.num_uncomputed, self._prefill_chunk)) for row in rows if self._is_near_first_token(row)]
         if not step.num_tokens_of and not any(self._try_extend(row, num_tokens) for row, num_tokens in near):
             return False
-        for row in rows:
-            num_tokens = min(row.num_uncomputed, self._prefill_chunk, step.budget)
+        for place, row in enumerate(rows):
+            num_behind = len(rows) - place - 1  # a token is left for each
+            num_tokens = min(row.num_uncomputed, self._prefill_chunk, step.budget - num_behind)
             if num_tokens > 0 and self._try_extend(row, num_tokens):
                 step.add(row, num_tokens)
         if step.num_tokens_of:

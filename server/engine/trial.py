@@ -51,20 +51,6 @@ class Trial:
         return None
 
 
-def is_far(difference: float, tolerance: float) -> bool:
-    """Whether a step's difference is more than rounding makes of most inputs, and still a number."""
-    return _FAR * tolerance < difference < float("inf")
-
-
-def in_units_of_rounding(difference: float, rounding: float | None, tolerance: float) -> float:
-    """The difference of a step to which rounding does `rounding`, as if it did no more than to others.
-
-    Some inputs have logits that any rounding moves far: in bf16 a model's own answer to a few special tokens lay 0.55
-    of the logits' spread from its answer in fp32, where it is 0.03 for others.
-    """
-    return difference / max(1.0, rounding / tolerance) if rounding is not None else difference
-
-
 def difference_of_logits(found: torch.Tensor, expected: torch.Tensor) -> float | None:
     """Root-mean-square difference of logits `[L, vocab_size]` over the expected ones' spread.
 

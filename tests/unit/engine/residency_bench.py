@@ -4,7 +4,7 @@ from prompt_store.manifest import SoftPrompt
 from server.engine.backbone import Backbone
 from server.engine.config import EngineConfig
 from server.engine.kv import KvPool
-from server.engine.prefix import PromptLoader
+from server.engine.prefix import Prefix, PromptLoader
 from server.engine.request import PromptRef
 from server.engine.residency import PrefixResidency
 from server.metrics import Metrics
@@ -55,6 +55,17 @@ class Bench:
             self.residency.bring(ref)
         assert self.arrive() == []
         assert self.residency.compile_wanted(60.0) == []
+
+    def compile(self, ref: PromptRef, prompt: SoftPrompt) -> Prefix | None:
+        """Make the prefix of a prompt that has just come; raises what the rows that wait for it would be told."""
+        self.residency.host.put(ref.prefix_key, prompt)
+        self.residency.bring(ref)
+        for _, error in self.residency.compile_wanted(60.0):
+            raise error
+        prefix = self.residency.device.acquire(ref.prefix_key)
+        if prefix is not None:
+            self.residency.device.release(prefix)
+        return prefix
 
     def assert_nothing_is_left(self) -> None:
         self.pool.check_invariants()

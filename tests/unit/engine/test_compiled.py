@@ -63,11 +63,11 @@ class Backbone:
                 embeds[first : first + entry.num_tokens] = entry.vectors
         positions, wanted = torch.from_numpy(plan.positions), torch.from_numpy(plan.logits_tokens)
 
-        def eager(embeds: torch.Tensor) -> torch.Tensor:
+        def eager() -> torch.Tensor:
             self.context.pool, self.context.batch = pool, batch
             return self.forward._call(embeds, positions, wanted)
 
-        return eager(embeds) if compiled is None else compiled.run(eager, embeds, positions, wanted, pool, batch)
+        return eager() if compiled is None else compiled.run(eager, embeds, positions, wanted, pool, batch)
 
 
 @pytest.fixture(scope="module")

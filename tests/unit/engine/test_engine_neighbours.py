@@ -100,8 +100,10 @@ def test_pinned_prompt_that_fits_no_slot_disturbs_nobody(llama: Backbone) -> Non
     stepped.turn(load=False)
 
     assert stepped.run(make_request("row")).finish_reason == "length"
-    with pytest.raises(PromptMismatchError, match="are allowed"):
-        stepped.engine._prefixes.compile(ref, make_prompt(llama, ref, seed=1))
+    stepped.engine._prefixes.bring(ref)
+    ((failed, error),) = stepped.engine._prefixes.compile_wanted(60.0)
+    assert (failed, type(error)) == (ref, PromptMismatchError)
+    assert "are allowed" in error.message
     assert stepped.engine.residency(ref.prefix_key) == "host"
 
 

@@ -13,7 +13,13 @@ from server.engine.kv import KvPool
 from server.engine.pages import NO_CONTENT, PAGE_SIZE, SHARED, content_of_prefix
 from server.engine.plan import PlanEntry, StepPlan, build_plan
 from server.engine.prefix import Prefix
-from server.errors import IsolationError, NumericalError, PromptCorruptError, PromptMismatchError
+from server.errors import (
+    IsolationError,
+    NumericalError,
+    PromptCorruptError,
+    PromptMismatchError,
+    UnavailableError,
+)
 from tests.unit.engine.prompts import make_prompt, make_ref
 from tests.unit.engine.residency_bench import Bench, serve_what_was_asked
 
@@ -49,7 +55,7 @@ def test_compiled_embeddings_are_what_the_model_itself_keeps_of_them(llama: Back
     bench = Bench(llama)
     ref = bench.add("a", k=k)
     prompt = make_prompt(llama, ref, seed=0)
-    compiled = bench.residency.compile(ref, prompt)
+    compiled = bench.compile(ref, prompt)
     assert_equal(tensors_of(bench.pool, compiled), own_keys_values(llama, prompt.values), tolerance=2e-5)
 
 
@@ -59,7 +65,7 @@ def test_trained_keys_and_values_are_taken_as_they_are(llama: Backbone, k: int) 
     ref = bench.add("a", k=k, kind="prefix")
     prompt = make_prompt(llama, ref, seed=1)
     keys_then_values = [torch.from_numpy(prompt.values[layer, which]) for which in (0, 1) for layer in range(3)]
-    assert_equal(tensors_of(bench.pool, bench.residency.compile(ref, prompt)), keys_then_values)
+    assert_equal(tensors_of(bench.pool, bench.compile(ref, prompt)), keys_then_values)
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "prefix"])
@@ -69,7 +75,7 @@ def test_full_pages_are_shared_under_the_prompts_content_and_the_tail_is_no_page
 ) -> None:
     bench = Bench(llama)
     ref = bench.add("a", k=k, kind=kind)
-    prefix = bench.residency.compile(ref, make_prompt(llama, ref, seed=1))
+    prefix = bench.compile(ref, make_prompt(llama, ref, seed=1))
     assert prefix is not None
     ledger = bench.pool.ledger
     num_full = k // PAGE_SIZE
@@ -84,7 +90,7 @@ def test_prompt_compiled_again_has_the_same_bits_whatever_lies_in_memory(llama: 
     bench = Bench(llama)
     ref = bench.add("a", k=23)
     prompt = make_prompt(llama, ref, seed=2)
-    old = bench.residency.compile(ref, prompt)
+    old = bench.compile(ref, prompt)
     assert old is not None
     first, places = tensors_of(bench.pool, old), old.pages.tolist()
     bench.residency.evict(ref.prefix_key)
@@ -92,7 +98,7 @@ def test_prompt_compiled_again_has_the_same_bits_whatever_lies_in_memory(llama: 
     assert other is not None
     for tensor in (*bench.pool.key_pages, *bench.pool.value_pages):
         tensor.fill_(1e4)
-    again = bench.residency.compile(ref, prompt)
+    again = bench.compile(ref, prompt)
     assert again is not None
     assert again.pages.tolist() != places
     assert_equal(tensors_of(bench.pool, again), first)
@@ -106,7 +112,7 @@ def test_prompt_that_is_not_finite_is_refused_and_its_pages_given_back(llama: Ba
     prompt = make_prompt(llama, ref, seed=0)
     prompt.values[-1] = np.nan
     with pytest.raises(NumericalError, match="task-a@1 is not finite"):
-        bench.residency.compile(ref, prompt)
+        bench.compile(ref, prompt)
     bench.assert_nothing_is_left()
 
 
@@ -122,7 +128,7 @@ def test_plan_that_fails_its_check_compiles_nothing_and_gives_the_pages_back(
     ref = bench.add("a", k=20)
     monkeypatch.setattr("server.engine.prefix_maker.build_plan", build_wrong_plan)
     with pytest.raises(IsolationError, match="it would write into another row's page"):
-        bench.residency.compile(ref, make_prompt(llama, ref, seed=0))
+        bench.compile(ref, make_prompt(llama, ref, seed=0))
     bench.assert_nothing_is_left()
 
 
@@ -133,8 +139,8 @@ def test_pass_that_fails_gives_the_pages_back(llama: Backbone, monkeypatch: pyte
     bench = Bench(llama)
     ref = bench.add("a", k=20)
     monkeypatch.setattr(llama, "forward", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        bench.residency.compile(ref, make_prompt(llama, ref, seed=0))
+    with pytest.raises(UnavailableError, match="out of memory"):
+        bench.compile(ref, make_prompt(llama, ref, seed=0))
     bench.assert_nothing_is_left()
 
 
@@ -153,8 +159,8 @@ def test_failure_while_pages_are_being_shared_gives_back_those_too(
         shared.append(page)
 
     monkeypatch.setattr(bench.pool.ledger, "share", fail_at_the_second)
-    with pytest.raises(RuntimeError, match="no more"):
-        bench.residency.compile(ref, make_prompt(llama, ref, seed=0))
+    with pytest.raises(UnavailableError, match="no more"):
+        bench.compile(ref, make_prompt(llama, ref, seed=0))
     assert shared
     bench.assert_nothing_is_left()
 
@@ -176,7 +182,7 @@ def test_prompt_of_another_shape_is_refused(llama: Backbone, kind: str, shape: t
     fitting = make_ref("a", k=300 if shape[0] == 300 else 3, kind=kind)
     prompt = SoftPrompt(kind=kind, values=np.zeros(shape, dtype=np.float32))  # type: ignore[arg-type]
     with pytest.raises(PromptMismatchError, match="task-a@1"):
-        bench.residency.compile(fitting, prompt)
+        bench.compile(fitting, prompt)
     bench.assert_nothing_is_left()
 
 
@@ -184,7 +190,7 @@ def test_prompt_of_another_kind_than_its_reference_is_refused(llama: Backbone) -
     bench = Bench(llama)
     prompt = make_prompt(llama, make_ref("a", kind="prefix"), seed=0)
     with pytest.raises(PromptMismatchError, match="was to have 3 embeddings"):
-        bench.residency.compile(make_ref("a", kind="embeddings"), prompt)
+        bench.compile(make_ref("a", kind="embeddings"), prompt)
 
 
 def test_prompt_goes_from_store_to_host_to_device_and_hits_and_misses_are_counted(llama: Backbone) -> None:

@@ -266,8 +266,7 @@ class Schedule(RuleBasedStateMachine):
             assert not self.was_express
             assert {row.request.tenant for row in taken} <= small
             assert any(item.row.num_computed < item.row.num_prompt_tokens for item in scheduled)
-            is_full = sum(item.num_tokens for item in scheduled) == self.budget
-            if len(self.memory.preempted) == 0 and self.memory.ledger.num_free and not is_full:
+            if len(self.memory.preempted) == 0 and self.memory.ledger.num_free:
                 assert not small & {row.request.tenant for row in left_out}
         self.was_express = bool(left_out)
 

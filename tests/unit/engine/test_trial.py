@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from server.engine.trial import NUM_STEPS, Trial, difference_of_logits, in_units_of_rounding, is_far
+from server.engine.trial import NUM_STEPS, Trial, difference_of_logits
 
 NAN, INF = float("nan"), float("inf")
 
@@ -112,14 +112,3 @@ def test_faster_way_is_the_faster_one_on_most_steps_however_long_these_are(ratio
             difference=0.0,
         )
     assert trial.is_faster is is_faster
-
-
-def test_far_step_is_measured_by_what_rounding_does_to_it() -> None:
-    assert in_units_of_rounding(0.7, 0.5, 0.08) == pytest.approx(0.112)
-    # What rounding hardly moves stays far off.
-    assert in_units_of_rounding(1.4, 0.04, 0.08) == 1.4
-    assert in_units_of_rounding(1.4, None, 0.08) == 1.4
-
-
-def test_what_is_no_number_is_never_put_down_to_rounding() -> None:
-    assert [is_far(difference, 0.08) for difference in (0.4, 0.41, INF, NAN)] == [False, True, False, False]
